@@ -1,0 +1,50 @@
+"""Sticky affinity routing for Celery: one worker per tag at a time, in order, in batches, fairly."""
+
+from celery_affinity.app import Affinity
+from celery_affinity.context import AffinityContext, current
+from celery_affinity.events import tag_acquired, tag_released
+from celery_affinity.exceptions import (
+    AffinityError,
+    ConfigurationError,
+    SchemaVersionError,
+    TagError,
+    UndeclaredQueueError,
+)
+from celery_affinity.settings import AffinityQueue, AffinitySettings
+from celery_affinity.task import affinity_task
+from celery_affinity.types import (
+    DeadLetter,
+    LeaderRecord,
+    QueueStats,
+    SlotRecord,
+    TagRecord,
+    WorkerRecord,
+)
+
+__version__ = "0.1.0"
+
+__all__ = (
+    # set up
+    "Affinity",
+    "AffinityQueue",
+    "AffinitySettings",
+    # tasks
+    "AffinityContext",
+    "affinity_task",
+    "current",
+    "tag_acquired",
+    "tag_released",
+    # records
+    "DeadLetter",
+    "LeaderRecord",
+    "QueueStats",
+    "SlotRecord",
+    "TagRecord",
+    "WorkerRecord",
+    # errors
+    "AffinityError",
+    "ConfigurationError",
+    "SchemaVersionError",
+    "TagError",
+    "UndeclaredQueueError",
+)

@@ -1,0 +1,264 @@
+"""`Affinity`: binds affinity queues to a Celery app."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from celery import Celery, signals
+
+from celery_affinity import internals
+from celery_affinity.bootstep import ConsumerStep, WorkerStep
+from celery_affinity.connection import check_server, connect, same_server
+from celery_affinity.delivery import Delivery, SameRedisDelivery
+from celery_affinity.exceptions import ConfigurationError, UndeclaredQueueError
+from celery_affinity.intake import no_tag
+from celery_affinity.keys import Keys
+from celery_affinity.ledger import Ledger
+from celery_affinity.node import Node
+from celery_affinity.service import SchedulerService
+from celery_affinity.settings import AffinityQueue, AffinitySettings, resolve
+from celery_affinity.task import TagFrom, derive_tag, task_options
+from celery_affinity.topology import RedisNames
+from celery_affinity.types import DeadLetter, LeaderRecord, QueueStats, TagRecord, WorkerRecord
+
+__all__ = ("Affinity",)
+
+logger = logging.getLogger(__name__)
+
+
+class Affinity:
+    """Sticky affinity routing for a Celery app.
+
+    Does no I/O and reads no setting before the app is configured and one of them is needed.
+
+    Arguments:
+        app: The Celery app.
+        queues: The affinity queues.
+        settings: Any field of `AffinitySettings`, such as ``role`` or ``heartbeat_timeout``.
+    """
+
+    def __init__(
+        self, app: Celery, queues: Sequence[AffinityQueue] | None = None, **settings: Any
+    ) -> None:
+        self.app = app
+        self._arguments = dict(settings)
+        if queues is not None:
+            self._arguments["queues"] = tuple(queues)
+        #: The running worker's part, in a worker's processes.
+        self.node: Node | None = None
+        self._service: SchedulerService | None = None
+        self._startup_error: Exception | None = None
+        app.celery_affinity = self  # type: ignore[attr-defined]
+        app.steps["worker"].add(WorkerStep)
+        app.steps["consumer"].add(ConsumerStep)
+        signals.worker_init.connect(self._on_worker_init, weak=False)
+        signals.worker_process_init.connect(self._on_process_init, weak=False)
+        signals.worker_shutting_down.connect(self._on_shutting_down, weak=False)
+
+    # Settings
+
+    @cached_property
+    def _resolved(self) -> tuple[AffinitySettings, dict[str, str]]:
+        found, origins = resolve(_affinity_conf(self.app.conf), self._arguments)
+        return found, origins
+
+    @property
+    def settings(self) -> AffinitySettings:
+        """The settings in force.
+
+        Raises:
+            ConfigurationError: If they cannot be used; it says what to change.
+        """
+        return self._resolved[0]
+
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """For each setting that is not a default, where it came from."""
+        return self._resolved[1]
+
+    @cached_property
+    def redis_url(self) -> str:
+        """URL of the ledger's Redis."""
+        broker = self.app.connection_for_write()
+        broker_url = str(self.app.conf.broker_write_url or self.app.conf.broker_url or "")
+        first = broker_url.split(";")[0]
+        own = self.settings.redis_url
+        if broker.transport.driver_type != "redis" or first.startswith("sentinel"):
+            raise ConfigurationError(
+                f"the broker is {broker.transport.driver_type or 'unknown'!r}; this version of "
+                "celery_affinity needs a Redis or Valkey broker (redis://, rediss://, "
+                "redis+socket://)"
+            )
+        if own is not None and not same_server(own, first):
+            raise ConfigurationError(
+                f"redis_url ({own}) is another database than the broker's ({broker.as_uri()}); "
+                "this version keeps the ledger in the broker's: leave redis_url out"
+            )
+        return own or first
+
+    @cached_property
+    def delivery(self) -> Delivery:
+        """How messages get into the ledger and out of it."""
+        options = self.app.conf.broker_transport_options or {}
+        return SameRedisDelivery(RedisNames.from_transport_options(options))
+
+    # Declaring tasks
+
+    def task(
+        self, fun: Callable[..., Any] | None = None, /, *, tag_from: TagFrom | None = None,
+        **options: Any,
+    ) -> Any:
+        """Declare an affinity task of this app; see `affinity_task`."""
+        made = self.app.task(**task_options(tag_from, options))
+        return made(fun) if fun is not None else made
+
+    # Reading the ledger
+
+    @cached_property
+    def _ledger(self) -> Ledger:
+        return Ledger(connect(self.redis_url), Keys(self.settings.namespace), self.delivery)
+
+    def _declared(self, queue: str) -> AffinityQueue:
+        found = self.settings.queue(queue)
+        if found is None:
+            raise UndeclaredQueueError("(this call)", queue, self.settings.queue_names)
+        return found
+
+    def stats(self, queue: str) -> QueueStats:
+        """Counts of one affinity queue."""
+        return self._ledger.stats(self._declared(queue))
+
+    def workers(self) -> list[WorkerRecord]:
+        """The registered workers with their slots, by node name."""
+        return self._ledger.workers(self.settings.queues)
+
+    def tags(self, queue: str, limit: int = 100) -> list[TagRecord]:
+        """Tags that hold slots, then those that wait in the order of their turn."""
+        return self._ledger.tags(self._declared(queue), limit)
+
+    def leader(self, queue: str) -> LeaderRecord | None:
+        """Who schedules the queue now; None if nobody does."""
+        return self._ledger.leader(self._declared(queue))
+
+    def dead_letters(self, queue: str, limit: int = 100) -> list[DeadLetter]:
+        """Messages that were buried, with the reason."""
+        return list(self._ledger.dead_letters(self._declared(queue), limit))
+
+    # Scheduling, in beat and in workers of role "both"
+
+    def start_scheduling(self, node: str) -> None:
+        """Campaign for all affinity queues, in threads of this process."""
+        if self._service is None:
+            self._service = SchedulerService(
+                self.settings, self.redis_url, self.delivery, node, self._tag_of_message
+            )
+            self._service.start()
+
+    def stop_scheduling(self) -> None:
+        """Resign, so that another node takes over at once."""
+        if self._service is not None:
+            self._service.stop()
+            self._service = None
+
+    def _tag_of_message(self, message: Mapping[str, Any]) -> object:
+        task = self.app.tasks.get(message["headers"]["task"])
+        if task is None or getattr(task, "affinity_tag_from", None) is None:
+            return no_tag(message)
+        args, kwargs, _ = internals.decoded_body(self.app, message)
+        return derive_tag(task, args, kwargs)
+
+    def banner(self) -> str:
+        """Settings that are not defaults, each with its origin, a line each."""
+        values = self.settings.model_dump()
+        lines = [f".> queues:      {', '.join(self.settings.queue_names) or '(none)'}"]
+        lines += [f".> {name}: {values[name]} ({origin})"
+                  for name, origin in self.origins.items() if name not in ("queues", "redis_url")]
+        return "\n".join(lines)
+
+    # The worker's hooks (wired by bootstep.py)
+
+    def _on_worker_init(self, sender: Any, **_: Any) -> None:
+        if sender.app is not self.app:
+            return
+        try:
+            self.node = self._make_node(sender)
+        except Exception as error:
+            # Celery swallows what a receiver raises; the worker's bootstep raises it again.
+            self._startup_error = error
+
+    def _make_node(self, worker: Any) -> Node | None:
+        selected = internals.selected_queues(self.app)
+        known = list(self.app.amqp.queues) if selected is None else selected
+        self._check_tasks()
+        serves = [
+            queue for queue in self.settings.queues
+            if selected is None or queue.name in selected or queue.pending in selected
+        ]
+        if not serves or self.settings.role == "scheduler":
+            return None
+        affinity = {name for queue in serves for name in (queue.name, queue.pending)}
+        ordinary = bool(set(known) - affinity)
+        return Node(worker, self.settings, self.redis_url, self.delivery, serves, ordinary)
+
+    def _check_tasks(self) -> None:
+        for task in self.app.tasks.values():
+            if not hasattr(task, "affinity_tag_from"):
+                continue
+            queue = getattr(task, "queue", None)
+            name = getattr(queue, "name", queue)
+            if name is not None and not any(name in (q.name, q.pending) for q in self.settings.queues):
+                raise UndeclaredQueueError(task.name, str(name), self.settings.queue_names)
+
+    def raise_startup_error(self) -> None:
+        """Raise what made this worker's start impossible."""
+        if self._startup_error is not None:
+            raise self._startup_error
+
+    def worker_started(self) -> None:
+        """The worker's pool is up."""
+        if self.node is not None and self.settings.role == "both":
+            self.start_scheduling(self.node.name)
+
+    def worker_stopping(self) -> None:
+        """The worker stops; its pool still runs."""
+        self.stop_scheduling()
+        if self.node is not None:
+            self.node.reporter.drain()
+
+    def worker_stopped(self) -> None:
+        """The worker's pool has stopped."""
+        self.stop_scheduling()
+        if self.node is not None:
+            self.node.reporter.leave()
+            self.node = None
+
+    def _on_shutting_down(self, **_: Any) -> None:
+        if self.node is not None:
+            self.node.reporter.request_drain()
+
+    def _on_process_init(self, **_: Any) -> None:
+        index = internals.pool_process_index()
+        if self.node is not None and index is not None:
+            self.node.open_gates(index)
+
+    def check_redis(self) -> None:
+        """Refuse a Redis that cannot keep the promises.
+
+        Raises:
+            ConfigurationError: If it is too old or may evict keys.
+        """
+        check_server(connect(self.redis_url), logger)
+
+
+def _affinity_conf(conf: Any) -> dict[str, Any]:
+    """The ``affinity_*`` settings of an app, also ``CELERY_AFFINITY_*`` under a namespace."""
+    found: dict[str, Any] = {}
+    names = {name.lower() for name in conf.keys() if isinstance(name, str)}
+    for name in names:
+        for prefix in ("affinity_", "celery_affinity_"):
+            if name.startswith(prefix):
+                found[name[len(prefix):]] = conf.get(name[name.index("affinity_"):])
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,93 @@
+"""The connection to the ledger's Redis, and what is checked of it before anything runs."""
+
+from __future__ import annotations
+
+import logging
+from urllib.parse import urlsplit
+
+from redis import Redis
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import ResponseError
+from redis.retry import Retry
+
+from celery_affinity.exceptions import ConfigurationError
+
+__all__ = ("check_server", "connect", "same_server")
+
+#: Oldest Redis whose command set the scripts keep to (BLMOVE).
+MINIMUM_VERSION = (6, 2)
+
+
+def connect(url: str, *, socket_timeout: float = 10.0) -> Redis:
+    """A client of its own for the ledger. Does no I/O.
+
+    Arguments:
+        url: ``redis://``, ``rediss://``, ``unix://`` or kombu's ``redis+socket://``.
+        socket_timeout: Seconds after which an unanswered command fails and is sent again; the
+            scripts answer a repeat as they did the first time.
+    """
+    if url.startswith("redis+socket://"):
+        url = "unix://" + url[len("redis+socket://") :].replace("virtual_host=", "db=")
+    return Redis.from_url(
+        url,
+        socket_timeout=socket_timeout,
+        socket_connect_timeout=5.0,
+        socket_keepalive=True,
+        health_check_interval=25,
+        retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), 3),
+        client_name="celery_affinity",
+    )
+
+
+def same_server(one: str, other: str) -> bool:
+    """Whether two URLs name one database of one server, as far as their text tells."""
+
+    def identity(url: str) -> tuple[str, int, str]:
+        parts = urlsplit(url)
+        db = parts.path.strip("/") or "0"
+        host = {"localhost": "127.0.0.1"}.get(parts.hostname or "localhost", parts.hostname or "")
+        return (host, parts.port or 6379, db)
+
+    return identity(one) == identity(other)
+
+
+def check_server(client: Redis, logger: logging.Logger) -> None:
+    """Refuse a Redis that cannot keep the promises, warn of one that weakens them.
+
+    Raises:
+        ConfigurationError: If it is too old, or may evict the ledger's keys.
+    """
+    info = client.info()
+    found = str(info["redis_version"])
+    numbers = tuple(int(part) for part in found.split(".")[:2])
+    if numbers < MINIMUM_VERSION:
+        raise ConfigurationError(
+            f"the ledger's Redis has version {found}, expected 6.2 or newer: upgrade the server"
+        )
+    policy = str(info.get("maxmemory_policy", "noeviction"))
+    if int(info.get("maxmemory", 0)) and policy.startswith("allkeys"):
+        raise ConfigurationError(
+            f"the ledger's Redis evicts keys when memory is full (maxmemory-policy {policy}), "
+            "which would lose tasks. Expected noeviction: CONFIG SET maxmemory-policy noeviction"
+        )
+    if policy != "noeviction":
+        logger.warning(
+            "The ledger's Redis has maxmemory-policy %s; set noeviction, so that a full memory "
+            "refuses tasks instead of dropping state.", policy,
+            extra={"action": "redis_check", "maxmemory_policy": policy},
+        )
+    if not _is_persistent(client, info):
+        logger.warning(
+            "The ledger's Redis keeps nothing across its restart (appendonly no): "
+            "tasks that wait are lost with it. CONFIG SET appendonly yes.",
+            extra={"action": "redis_check", "appendonly": False},
+        )
+
+
+def _is_persistent(client: Redis, info: dict[str, object]) -> bool:
+    if info.get("aof_enabled"):
+        return True
+    try:
+        return bool(client.config_get("save").get("save"))
+    except ResponseError:
+        return True  # CONFIG is forbidden: nothing can be said

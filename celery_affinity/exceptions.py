@@ -1,0 +1,61 @@
+"""The errors of celery_affinity.
+
+AffinityError
+    ConfigurationError      settings, Redis or queues that the system cannot run with
+        UndeclaredQueueError    a task names a queue that no AffinityQueue declares
+        SchemaVersionError      the ledger was written by an incompatible version
+    TagError                a task without a usable tag (also a ValueError)
+    LedgerUnavailableError  Redis did not answer
+"""
+
+from __future__ import annotations
+
+from celery.exceptions import ImproperlyConfigured
+
+__all__ = (
+    "AffinityError",
+    "ConfigurationError",
+    "LedgerUnavailableError",
+    "SchemaVersionError",
+    "TagError",
+    "UndeclaredQueueError",
+)
+
+
+class AffinityError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigurationError(AffinityError, ImproperlyConfigured):  # type: ignore[misc]
+    """Settings, Redis or queues that the system cannot run with."""
+
+
+class UndeclaredQueueError(ConfigurationError):
+    """A task names a queue that no AffinityQueue declares."""
+
+    def __init__(self, task: str, queue: str, declared: list[str]) -> None:
+        names = ", ".join(repr(name) for name in declared) or "none"
+        super().__init__(
+            f"affinity task {task!r} is sent to queue {queue!r}, which is not an affinity queue "
+            f"(declared: {names}). Declare it with Affinity(app, queues=[AffinityQueue({queue!r}), "
+            f"...]) or give the task one of the declared queues."
+        )
+
+
+class SchemaVersionError(ConfigurationError):
+    """The ledger was written by an incompatible version."""
+
+    def __init__(self, found: str, expected: str) -> None:
+        super().__init__(
+            f"the ledger in Redis has schema version {found}, this celery_affinity works with "
+            f"{expected} and must not touch it. Run the version that wrote it until the queue is "
+            f"empty, then upgrade all nodes, or give this app a `namespace` of its own."
+        )
+
+
+class TagError(AffinityError, ValueError):
+    """A task without a usable tag."""
+
+
+class LedgerUnavailableError(AffinityError, ConnectionError):
+    """Redis did not answer."""

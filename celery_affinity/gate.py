@@ -1,0 +1,248 @@
+"""The gate around every task: asks the ledger before a dispatched message runs, tells it after.
+
+It stands around the tracer, so before STARTED is stored, a signal is sent or user code runs, and
+after the result is stored and the last hook has returned.
+
+    message -> start? --refused--> nothing at all happens
+                  `--accepted--> tag_acquired (first of a lease) -> tracer -> settle
+                                                    tag_released (last of a lease) <-'
+
+Crash windows:
+- before start: the entry is dispatched; a lost message is sent again by the next heartbeat.
+- between start and settle: the parent reports the lost process, or the worker's heartbeat stops;
+  the entry goes back to the head of its tag with one delivery more
+  (test_a_killed_child_gives_its_task_back, test_a_killed_workers_tags_run_elsewhere...).
+  The result may be stored already: delivery is at least once.
+- a lost reply: start and settle carry a token and answer a repeat as before.
+
+Nothing that goes wrong in here reaches user code: while Redis is away the gate waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from itertools import count
+from typing import Any
+from uuid import uuid4
+
+from redis.exceptions import RedisError
+
+from celery_affinity import context
+from celery_affinity.context import AffinityContext
+from celery_affinity.events import tag_acquired, tag_released
+from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp, tag_text
+from celery_affinity.scripts import Scripts
+
+__all__ = ("REFUSED", "Gate", "Run", "current_run")
+
+logger = logging.getLogger(__name__)
+
+#: What the tracer "returns" for a refused copy; the parent then drops the request without a word.
+REFUSED = "celery_affinity: refused copy"
+
+Tracer = Callable[..., Any]
+
+
+class Run:
+    """A dispatched message that passed the gate and runs now."""
+
+    def __init__(self, stamp: Stamp, task_id: str, retries: int, token: str) -> None:
+        self.stamp = stamp
+        self.task_id = task_id
+        self.retries = retries
+        self.token = token
+        #: Messages of its own retries with their due time in ms: settled with it, not published.
+        self.retry_messages: list[tuple[str, int | None]] = []
+
+
+_run: ContextVar[Run | None] = ContextVar("celery_affinity_run", default=None)
+
+
+def current_run() -> Run | None:
+    """The run that the calling code is part of, or None."""
+    return _run.get()
+
+
+class Gate:
+    """One process' gate.
+
+    Arguments:
+        connect: Makes the scripts' client; called once in each process that runs tasks.
+        refusal: Makes the tracer's answer for a refused copy.
+        slot: The slot that this process is, for ordinary tasks; None if slots are not processes.
+        ordinary: Whether ordinary tasks have to occupy a slot.
+    """
+
+    def __init__(
+        self,
+        *,
+        connect: Callable[[], Scripts],
+        refusal: Callable[[str], Any],
+        queue_names: Mapping[str, str],
+        node: str,
+        incarnation: str,
+        slot: int | None,
+        ordinary: bool,
+    ) -> None:
+        self._scripts = connect()
+        self._refusal = refusal
+        self._queue_names = dict(queue_names)
+        self._node = node
+        self._incarnation = incarnation
+        self._slot = slot
+        self._ordinary = ordinary
+        self._held: dict[int, tuple[str, str, str]] = {}
+        self._numbers = count(1)
+        self._process = f"{os.getpid()}:{_started_at()}:{uuid4().hex[:8]}"
+        self._reachable = True
+
+    def process_up(self) -> None:
+        """Tell the ledger that this slot has a new process."""
+        if self._slot is not None:
+            slot = self._slot
+            self._patiently(lambda: self._scripts.process_up(self._incarnation, slot))
+
+    def around(self, tracer: Tracer) -> Tracer:
+        """The tracer behind this gate."""
+
+        def gated(uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
+            stamp = Stamp.parse(request.pop(STAMP_HEADER, None)) if request else None
+            if stamp is None:
+                return self._ordinary_task(tracer, uuid, args, kwargs, request)
+            return self._dispatched_task(stamp, tracer, uuid, args, kwargs, request)
+
+        return gated
+
+    def _ordinary_task(self, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Any) -> Any:
+        if not self._ordinary or not request or request.get("is_eager"):
+            return tracer(uuid, args, kwargs, request)
+        token = self._token()
+        self._briefly(lambda: self._scripts.occupy(self._incarnation, self._slot, token))
+        try:
+            return tracer(uuid, args, kwargs, request)
+        finally:
+            self._briefly(lambda: self._scripts.vacate(self._incarnation, token))
+
+    def _dispatched_task(
+        self, stamp: Stamp, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Any
+    ) -> Any:
+        run = Run(stamp, uuid, request.get("retries") or 0, self._token())
+        answer = self._patiently(
+            lambda: self._scripts.start(
+                stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.send, run.token
+            )
+        )
+        if answer != 1:
+            logger.debug(
+                "Refused a copy of task %s (%s).", uuid, answer,
+                extra={"action": "refuse", "task_id": uuid, "code": answer},
+            )
+            return self._refusal(REFUSED)
+        tag = tag_text(request.get(TAG_HEADER))
+        queue = self._queue_names.get(stamp.state, stamp.state)
+        self._acquire(stamp, queue, tag)
+        here = context.enter(
+            AffinityContext(tag, int(stamp.epoch), stamp.place, stamp.attempt, queue, self._node,
+                            stamp.slot, int(stamp.entry))
+        )
+        running = _run.set(run)
+        outcome = "done"
+        try:
+            return tracer(uuid, args, kwargs, request)
+        except Exception as error:
+            # Reject leaves the tracer; anything else here is the tracer's own failure.
+            outcome = "again" if getattr(error, "requeue", False) else "done"
+            raise
+        except BaseException:
+            outcome = ""  # the process is being stopped: its parent reports what becomes of this
+            raise
+        finally:
+            _run.reset(running)
+            if outcome:
+                self._settle(run, queue, tag, outcome)
+            context.leave(here)
+
+    def _settle(self, run: Run, queue: str, tag: str, outcome: str) -> None:
+        stamp = run.stamp
+        retries = [
+            part for message, eta in run.retry_messages
+            for part in (message, "" if eta is None else eta)
+        ]
+        answer = self._patiently(
+            lambda: self._scripts.settle(
+                stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, run.token, outcome,
+                *retries,
+            )
+        )
+        if answer == "stale":
+            logger.warning(
+                "Task %s ended after its lease on tag %r was taken away; it runs again elsewhere.",
+                run.task_id, tag,
+                extra={"action": "settle_refused", "task_id": run.task_id, "epoch": stamp.epoch},
+            )
+            answer = "lost"
+        if answer != "held":
+            self._release(stamp.slot, answer)
+
+    def _acquire(self, stamp: Stamp, queue: str, tag: str) -> None:
+        if self._held.get(stamp.slot) == (queue, tag, stamp.epoch):
+            return
+        self._release(stamp.slot, "lost")
+        self._held[stamp.slot] = (queue, tag, stamp.epoch)
+        tag_acquired.send(sender=queue, tag=tag, epoch=int(stamp.epoch), queue=queue)
+
+    def _release(self, slot: int, reason: str) -> None:
+        held = self._held.pop(slot, None)
+        if held:
+            queue, tag, epoch = held
+            tag_released.send(sender=queue, tag=tag, epoch=int(epoch), queue=queue, reason=reason)
+
+    def _token(self) -> str:
+        return f"{self._process}:{next(self._numbers):x}"
+
+    def _patiently(self, call: Callable[[], Any]) -> Any:
+        pause = 0.05
+        while True:
+            try:
+                answer = call()
+            except RedisError as error:
+                self._log_reachable(False, error)
+                time.sleep(pause)
+                pause = min(pause * 2, 1.0)
+            else:
+                self._log_reachable(True)
+                return answer
+
+    def _briefly(self, call: Callable[[], Any]) -> None:
+        """For what only tunes: an ordinary task does not wait for the ledger."""
+        try:
+            call()
+        except RedisError as error:
+            self._log_reachable(False, error)
+        else:
+            self._log_reachable(True)
+
+    def _log_reachable(self, reachable: bool, error: Exception | None = None) -> None:
+        if reachable == self._reachable:
+            return
+        self._reachable = reachable
+        if reachable:
+            logger.warning("The ledger answers again.", extra={"action": "redis_back"})
+        else:
+            logger.warning(
+                "The ledger does not answer (%s); thread %s waits.",
+                error, threading.current_thread().name, extra={"action": "redis_gone"},
+            )
+
+
+def _started_at() -> str:
+    try:
+        with open("/proc/self/stat", encoding="ascii") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        return f"{time.time():.0f}"

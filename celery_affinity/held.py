@@ -1,0 +1,57 @@
+"""The dispatched messages that a node holds, from their arrival to their end there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from celery_affinity.message import Stamp
+
+__all__ = ("Held",)
+
+
+class Held:
+    """What the node's heartbeat reports. Its methods are single steps on a dict, so threads and
+    greenlets may call them side by side.
+    """
+
+    def __init__(self) -> None:
+        self._requests: dict[str, tuple[Stamp, Any]] = {}
+        self._accepted: set[str] = set()
+        #: Called with the stamp of each message that ends.
+        self.on_end: Callable[[Stamp], None] = lambda stamp: None
+
+    def arrived(self, stamp: Stamp, request: Any) -> None:
+        """A message reached the node."""
+        self._requests[stamp.held] = (stamp, request)
+
+    def accepted(self, stamp: Stamp) -> None:
+        """A process (thread, greenlet) has taken it."""
+        self._accepted.add(stamp.held)
+
+    def ended(self, stamp: Stamp) -> None:
+        """It has ended here, in whatever way."""
+        self._accepted.discard(stamp.held)
+        if self._requests.pop(stamp.held, None):
+            self.on_end(stamp)
+
+    def flushed(self) -> None:
+        """The pool has thrown away what no process had taken."""
+        for held in list(self._requests):
+            if held not in self._accepted:
+                self._requests.pop(held, None)
+
+    def names(self) -> list[str]:
+        """What is held, as heartbeats name it."""
+        return list(self._requests)
+
+    def running_slots(self) -> set[int]:
+        """Slots whose process works on something."""
+        return {self._requests[h][0].slot for h in list(self._accepted) if h in self._requests}
+
+    def other_request(self, task_id: str, request: Any) -> Any:
+        """Another live request with the same task id, or None."""
+        for _, other in list(self._requests.values()):
+            if other is not request and other is not None and other.id == task_id:
+                return other
+        return None

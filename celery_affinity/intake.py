@@ -1,0 +1,108 @@
+"""Pending queue -> ledger.
+
+Usable messages are moved inside Redis by admit.lua. It stops at a message it cannot use as it is
+(no tag header, irregular JSON, an unusual due time); this module reads that one message and has
+it admitted in a normal shape or buried with the reason, in its place in the order.
+
+Crash windows: between admit and resolve the message is still the oldest of its list
+(test_a_bad_message_is_buried_with_its_reason_and_takes_no_neighbour_along); resolve compares
+the message it was asked about, so a repeat or a second leader cannot touch its neighbour.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from celery_affinity.exceptions import TagError
+from celery_affinity.message import TAG_HEADER, due_ms, normalised, tag_text
+from celery_affinity.scripts import Scripts
+
+__all__ = ("Intake",)
+
+logger = logging.getLogger(__name__)
+
+#: Asks the app for the tag of a message without one; raises TagError.
+TagOf = Callable[[Mapping[str, Any]], object]
+
+
+class Intake:
+    """Moves messages of one affinity queue into its ledger.
+
+    Does not: know of terms; it is given the fence with each pass.
+    """
+
+    #: Messages that one script moves at most: about 10 ms of Redis.
+    BATCH = 200
+
+    def __init__(
+        self, scripts: Scripts, state: str, lists: Sequence[str], tag_of: TagOf
+    ) -> None:
+        self._scripts = scripts
+        self._state = state
+        self._lists = list(lists)
+        self._tag_of = tag_of
+
+    def run(self, fence: str) -> tuple[int, bool]:
+        """One pass. Returns (admitted, or -1 if not the leader any more; more is waiting)."""
+        admitted, more, stop, raw = self._scripts.admit(
+            self._state, fence, self._lists, self.BATCH
+        )
+        if not stop:
+            return admitted, more
+        answer = self._scripts.resolve(
+            self._state, fence, self._lists[stop - 1], raw, self._verdict(raw)
+        )
+        return (-1, False) if answer == -1 else (admitted + answer, True)
+
+    def _verdict(self, raw: bytes) -> tuple[object, ...]:
+        message, tag = None, ""
+        try:
+            message = _usable(raw)
+            tag = self._tag(message)
+            eta = due_ms(message["headers"].get("eta"))
+            kept = normalised(message, tag).encode()
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"[:1000]
+            logger.warning(
+                "Buried a message of the pending queue of %r: %s", self._state, reason,
+                extra={"action": "bury", "queue": self._state, "reason": reason},
+            )
+            return "bury", reason.encode("utf-8", "replace"), tag
+        return "admit", kept, tag, "" if eta is None else eta
+
+    def _tag(self, message: Mapping[str, Any]) -> str:
+        for place in (message["headers"], message["properties"]):
+            if place.get(TAG_HEADER) is not None:
+                return tag_text(place[TAG_HEADER])
+        return tag_text(self._tag_of(message))
+
+
+def _usable(raw: bytes) -> dict[str, Any]:
+    message = json.loads(raw)
+    if not isinstance(message, dict):
+        raise ValueError(f"not a message: found JSON {type(message).__name__}, expected an object")
+    headers, properties = message.get("headers"), message.get("properties")
+    if not isinstance(headers, dict):
+        raise ValueError(f"headers are {headers!r:.80}, expected an object")
+    if not isinstance(properties, dict):
+        raise ValueError(f"properties are {properties!r:.80}, expected an object")
+    for name in ("id", "task"):
+        if not isinstance(headers.get(name), str) or not headers[name]:
+            raise ValueError(
+                f"header {name!r} is {headers.get(name)!r:.80}, expected text "
+                "(Celery's message protocol 2)"
+            )
+    if not isinstance(message.get("body"), str):
+        raise ValueError(f"body is {message.get('body')!r:.80}, expected text")
+    return message
+
+
+def no_tag(message: Mapping[str, Any]) -> object:
+    """The answer for an app that cannot derive tags."""
+    raise TagError(
+        f"task {message['headers'].get('task')!r} came without the header {TAG_HEADER!r}, and no "
+        "affinity task of that name is known here to derive it"
+    )

@@ -1,0 +1,333 @@
+"""The one module that touches Celery's internals.
+
+| touch | checked on | probe | fallback |
+| --- | --- | --- | --- |
+| `task.__trace__` is replaced by the gated tracer | celery 5.4-5.7 | wrap_tracers | refuses to start |
+| `amqp.send_task_message` is wrapped to catch own retries | celery 5.4-5.7 | signature | retries are published |
+| `amqp.queues._consume_from` decides what a worker consumes | celery 5.4-5.7 | attribute | refuses to start |
+| `AsynPool._create_write_handlers`, `outbound_buffer`, `on_job_ready`, ... | celery 5.4-5.7 | slots_are_processes | stock pool |
+| `WorkController._process_task` past the semaphore | celery 5.4-5.7 | attribute | with the semaphore |
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from base64 import b64decode
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from billiard.process import current_process
+from celery.app.trace import trace_ok_t
+from celery.concurrency import get_implementation
+from celery.concurrency.asynpool import AsynPool
+from celery.concurrency.prefork import TaskPool as PreforkPool
+from kombu.compression import decompress
+from kombu.serialization import loads, prepare_accept_content
+
+from celery_affinity.exceptions import ConfigurationError
+from celery_affinity.gate import Gate, Run, current_run
+from celery_affinity.message import STAMP_HEADER, Stamp, due_ms, envelope
+from celery_affinity.request import LedgerEnds
+
+__all__ = (
+    "SlotTaskPool",
+    "bury_unknown_tasks",
+    "consume_worker_queues",
+    "decoded_body",
+    "native_thread",
+    "pool_process_index",
+    "refusal",
+    "selected_queues",
+    "settle_own_retries",
+    "slots_are_processes",
+    "wrap_tracers",
+)
+
+logger = logging.getLogger(__name__)
+
+
+# Tracers
+
+
+def wrap_tracers(tasks: Iterable[Any], gate: Gate) -> None:
+    """Put the gate around the tracer of every task of the app."""
+    for task in tasks:
+        tracer = getattr(task, "__trace__", None)
+        if tracer is None:
+            raise ConfigurationError(
+                f"task {task.name!r} has no tracer to put the gate around: this version of Celery "
+                "is not known to celery_affinity; install celery>=5.4,<6"
+            )
+        if not getattr(tracer, "celery_affinity_gate", None):
+            gated = gate.around(tracer)
+            gated.celery_affinity_gate = gate  # type: ignore[attr-defined]
+            task.__trace__ = gated
+
+
+def refusal(marker: str) -> Any:
+    """What a tracer returns for a task that ended well with this text as its result's repr."""
+    return trace_ok_t(None, None, 0.0, marker)
+
+
+# Retries
+
+
+class _RetryCatcher:
+    """Stands in for the producer while a task publishes its own retry."""
+
+    def __init__(self, producer: Any, run: Run, pending: str, serializer: str) -> None:
+        self._producer = producer
+        self._run = run
+        self._pending = pending
+        self._serializer = serializer
+        self.connection = producer.connection
+
+    def publish(self, body: Any, **options: Any) -> Any:
+        """Keep the retry; pass on whatever else is published on the way (events)."""
+        headers = options.get("headers") or {}
+        if headers.get("id") != self._run.task_id or "task" not in headers:
+            return self._producer.publish(body, **options)
+        properties = {
+            name: value for name, value in options.items()
+            if name in ("correlation_id", "reply_to", "priority", "delivery_mode", "expiration")
+        }
+        message = envelope(
+            body, headers, properties,
+            serializer=options.get("serializer") or self._serializer,
+            compression=options.get("compression"), routing_key=self._pending,
+        )
+        self._run.retry_messages.append((message, due_ms(headers.get("eta"))))
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._producer, name)
+
+
+def settle_own_retries(app: Any, pending_of: Callable[[str], str | None]) -> None:
+    """Make a retry inside a dispatched task part of its settle instead of a publish.
+
+    Arguments:
+        pending_of: The pending queue of the affinity queue with that state name.
+    """
+    amqp = app.amqp
+    publish = amqp.send_task_message
+    if getattr(publish, "celery_affinity", False):
+        return
+
+    def send_task_message(producer: Any, name: str, message: Any, *args: Any, **options: Any) -> Any:
+        run = current_run()
+        if run is not None and _is_own_retry(run, message, options, pending_of):
+            pending = pending_of(run.stamp.state) or ""
+            producer = _RetryCatcher(producer, run, pending, app.conf.task_serializer)
+        return publish(producer, name, message, *args, **options)
+
+    send_task_message.celery_affinity = True  # type: ignore[attr-defined]
+    amqp.send_task_message = send_task_message
+
+
+def _is_own_retry(
+    run: Run, message: Any, options: dict[str, Any], pending_of: Callable[[str], str | None]
+) -> bool:
+    headers = message.headers
+    if headers.get("id") != run.task_id or headers.get("retries") != run.retries + 1:
+        return False
+    queue = options.get("queue")
+    target = getattr(queue, "name", queue) or options.get("routing_key")
+    return bool(target == pending_of(run.stamp.state))
+
+
+# Queues
+
+
+def selected_queues(app: Any) -> list[str] | None:
+    """Names of the queues that ``-Q`` selects; None without it."""
+    selected = app.amqp.queues._consume_from
+    return None if selected is None else list(selected)
+
+
+def consume_worker_queues(app: Any, instead_of: Iterable[str], queues: Iterable[Any]) -> None:
+    """Consume these queues in place of the pending ones."""
+    known = app.amqp.queues
+    pending = set(instead_of)
+    if known._consume_from is None:
+        known.select([name for name in known if name not in pending])
+    else:
+        for name in pending & set(known._consume_from):
+            known.deselect(name)
+    for queue in queues:
+        known.select_add(queue)
+
+
+# The pool: a slot is a process
+
+
+class SlotPool(AsynPool):  # type: ignore[misc]
+    """A prefork pool in which a dispatched job runs in the process of its slot.
+
+    A job whose process is busy (or being replaced) waits in a buffer of its slot, outside of
+    `outbound_buffer`: with jobs in there that no ready process may take, the event loop would
+    spin. Ordinary jobs go the stock way.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.slot_buffers: dict[int, deque[Any]] = {}
+        super().__init__(*args, **kwargs)
+
+    def _create_write_handlers(self, hub: Any, **kwargs: Any) -> None:
+        super()._create_write_handlers(hub, **kwargs)
+        stock_put, stock_put_back = self._quick_put, self._put_back
+        self._schedule_writes = hub.consolidate_callback
+
+        def put(tup: Any) -> None:
+            slot = _slot_of(tup)
+            stock_put(tup)
+            if slot is not None:
+                job = self.outbound_buffer.pop()
+                job.affinity_slot = slot
+                self.slot_buffers.setdefault(slot, deque()).append(job)
+                self._feed(slot)
+
+        def put_back(job: Any) -> None:
+            stock_put_back(job)
+            slot = getattr(job, "affinity_slot", None)
+            if slot is not None and self.outbound_buffer and self.outbound_buffer[0] is job:
+                self.slot_buffers.setdefault(slot, deque()).appendleft(
+                    self.outbound_buffer.popleft()
+                )
+
+        self._quick_put = put
+        self._put_back = put_back
+
+    def _feed(self, slot: int) -> None:
+        """Write the slot's next job to its process, if that is up and idle."""
+        waiting = self.slot_buffers.get(slot)
+        while waiting and waiting[0]._accepted:
+            waiting.popleft()
+        if not waiting:
+            return
+        proc = next((p for p in self._pool if p.index == slot), None)
+        fd = proc and proc.inqW_fd
+        if proc is None or fd not in self._all_inqueues or self._fileno_to_inq.get(fd) is not proc:
+            return
+        if fd in self._busy_workers or fd in self._active_writes:
+            return
+        self.outbound_buffer.appendleft(waiting.popleft())
+        self._schedule_writes([fd])
+
+    def on_job_ready(self, job: Any, i: Any, obj: Any, inqW_fd: int) -> None:
+        """A process has finished a job: its slot's next one follows."""
+        super().on_job_ready(job, i, obj, inqW_fd)
+        proc = self._fileno_to_inq.get(inqW_fd)
+        if proc is not None:
+            self._feed(proc.index)
+
+    def on_process_alive(self, pid: int) -> None:
+        """A new process is up and takes over the jobs that wait for its slot."""
+        super().on_process_alive(pid)
+        proc = next((p for p in self._pool if p.pid == pid), None)
+        if proc is not None:
+            self._feed(proc.index)
+
+    def flush(self) -> None:
+        """The broker connection is gone: forget what no process has taken."""
+        for waiting in self.slot_buffers.values():
+            waiting.clear()
+        super().flush()
+
+
+def _slot_of(tup: Any) -> int | None:
+    try:
+        request = tup[1][3][2]
+        stamp = Stamp.parse(request.get(STAMP_HEADER))
+    except (LookupError, TypeError, AttributeError):
+        return None
+    return None if stamp is None else stamp.slot
+
+
+class SlotTaskPool(PreforkPool):  # type: ignore[misc]
+    """The prefork pool over `SlotPool`."""
+
+    Pool = SlotPool
+
+
+def slots_are_processes(pool_cls: Any, wanted: bool, use_eventloop: bool) -> bool:
+    """Whether this worker can run each slot's tasks in one process.
+
+    A Celery whose pool differs from what `SlotPool` builds on falls back with a warning.
+    """
+    if not wanted or not use_eventloop or get_implementation(pool_cls) is not PreforkPool:
+        return False
+    needed = ("_create_write_handlers", "on_job_ready", "on_process_alive", "flush")
+    missing = [name for name in needed if not hasattr(AsynPool, name)]
+    if missing:
+        logger.warning(
+            "This Celery's prefork pool lacks %s: tasks of a tag will run in any process of the "
+            "worker. Order and exclusion are kept; process caches are not. Install "
+            "celery>=5.4,<6, or set slot_is_process=False.", ", ".join(missing),
+            extra={"action": "fallback", "missing": missing},
+        )
+    return not missing
+
+
+def pool_process_index() -> int | None:
+    """The index of this pool process, or None outside of one."""
+    index = getattr(current_process(), "index", None)
+    return index if isinstance(index, int) else None
+
+
+# Threads
+
+
+def native_thread(run: Callable[[], None], name: str) -> threading.Thread | None:
+    """Start an OS thread, also where gevent has replaced threads by greenlets.
+
+    A greenlet's heartbeat would stop as soon as a task keeps the CPU.
+    """
+    try:
+        from gevent import monkey
+
+        patched = bool(monkey.is_module_patched("threading"))
+    except ImportError:
+        patched = False
+    if patched:
+        monkey.get_original("_thread", "start_new_thread")(run, ())
+        return None
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+# Messages
+
+
+def decoded_body(app: Any, message: Any) -> tuple[Any, Any, Any]:
+    """Arguments, keyword arguments and embedded signatures of a task message.
+
+    Raises:
+        ValueError: If the body is not that of a task.
+    """
+    raw = message["body"]
+    if message["properties"].get("body_encoding") == "base64":
+        raw = b64decode(raw)
+    if message["headers"].get("compression"):
+        raw = decompress(raw, message["headers"]["compression"])
+    accept = prepare_accept_content(app.conf.accept_content)
+    body = loads(raw, message["content-type"], message.get("content-encoding"), accept=accept)
+    if not isinstance(body, (list, tuple)) or len(body) != 3:
+        raise ValueError(f"body is {body!r:.80}, expected (args, kwargs, embed)")
+    return body[0], body[1], body[2]
+
+
+def bury_unknown_tasks(consumer: Any, ends: LedgerEnds) -> None:
+    """Tell the ledger of dispatched messages whose task this worker does not know."""
+    stock = type(consumer).on_unknown_task
+
+    def on_unknown_task(body: Any, message: Any, exc: Exception) -> None:
+        stamp = Stamp.parse((message.headers or {}).get(STAMP_HEADER))
+        if stamp is not None:
+            ends.discard(stamp, "bury", f"unknown task {message.headers.get('task')!r}")
+        stock(consumer, body, message, exc)
+
+    consumer.on_unknown_task = on_unknown_task

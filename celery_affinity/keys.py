@@ -1,0 +1,40 @@
+"""The only place in Python where a Redis key of the ledger is spelled (Lua: include/base.lua)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ("Keys",)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys of one namespace. All of them share one hash slot."""
+
+    namespace: str
+
+    @property
+    def prefix(self) -> str:
+        """What every key begins with; the only key that scripts are given."""
+        return "{affinity:" + self.namespace + "}:"
+
+    @property
+    def workers(self) -> str:
+        """Sorted set: incarnation -> when its heartbeat is overdue, in ms of Redis' clock."""
+        return self.prefix + "workers"
+
+    def queue(self, state: str, name: str) -> str:
+        """A key of the queue's part of the ledger."""
+        return f"{self.prefix}q:{state}:{name}"
+
+    def backlog(self, state: str, tag: str) -> str:
+        """List: a tag's entries that are not dispatched, in order."""
+        return f"{self.prefix}b:{len(state.encode())}:{state}:{tag}"
+
+    def worker(self, incarnation: str, name: str) -> str:
+        """A key of a worker."""
+        return f"{self.prefix}w:{incarnation}:{name}"
+
+    def slot(self, incarnation: str, index: int) -> str:
+        """Hash: a slot's lease."""
+        return f"{self.prefix}s:{incarnation}:{index}"

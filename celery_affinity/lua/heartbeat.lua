@@ -1,0 +1,52 @@
+-- heartbeat: a node is alive, and these are the dispatched messages that it holds.
+--
+-- KEYS[1] namespace prefix
+-- ARGV    incarnation, beat number, grace in ms, then "slot:entry:epoch:send" of each message
+--         that reached the node and has not ended there
+-- Returns {0} not registered (any more): what it still runs is not its own;
+--         {1, sent again, taken back}
+-- A message that was dispatched longer ago than the grace and has not arrived is sent again
+-- with a new send number. One that started but is no longer held at two beats is taken back.
+-- A repeat of a beat number counts no beat twice.
+-- @include base
+-- @include ring
+-- @include deliver
+-- @include lease
+-- @include match
+local inc, beat, grace = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local w = worker(inc)
+if not w then return {0} end
+redis.call('ZADD', P .. 'workers', text(NOW + w.timeout), inc)
+if redis.call('HGET', worker_key(inc, 'info'), 'beat') == beat then return {1, 0, 0} end
+redis.call('HSET', worker_key(inc, 'info'), 'beat', beat)
+local holds = {}
+for k = 4, #ARGV do holds[ARGV[k]] = true end
+local again, back = 0, 0
+for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
+  local l = load_lease(inc, i)
+  local changed, missing = false, false
+  for k, o in ipairs(l.out) do
+    if not holds[table.concat({i, o.entry, l.epoch, text(o.send)}, ':')] then
+      if o.token then
+        missing = true
+      elseif NOW - l.t >= grace and w.active then
+        o.send = o.send + 1
+        l.t = NOW
+        if deliver(l, k, w) then again = again + 1 end
+        changed = true
+      end
+    end
+  end
+  local miss = missing and l.miss + 1 or 0
+  if miss ~= l.miss then l.miss = miss; changed = true end
+  if miss >= 2 then
+    back = back + #l.out
+    take_back(l, true)
+    release(l, true)
+    take(inc, i, w)
+    match(l.q, 10)
+  elseif changed then
+    save_lease(l)
+  end
+end
+return {1, again, back}

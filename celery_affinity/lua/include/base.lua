@@ -1,0 +1,100 @@
+-- Names of keys, the clock, and what a queue and a worker are set to.
+--
+-- KEYS[1] is the namespace's prefix, "{affinity:<namespace>}:". All other keys are computed
+-- from it and share its hash slot; the text of a tag or a queue is never inside the braces.
+--
+--   q:<queue>:c        hash    counters: seq, epoch, term, ring, admitted, settled, ...
+--   q:<queue>:conf     hash    max_batch_size, tag_concurrency, ... (written by the leader)
+--   q:<queue>:limits   hash    tag -> its own concurrency
+--   q:<queue>:m        hash    entry -> the message as the producer sent it
+--   q:<queue>:att      hash    entry -> starts that did not settle (absent: none)
+--   q:<queue>:ring     zset    ready tags by place
+--   q:<queue>:held     hash    tag -> "incarnation:slot ..." of its leases
+--   q:<queue>:unst     set     tags with concurrency > 1 whose newest dispatch has not started
+--   q:<queue>:idle     zset    "incarnation:slot" by the time since which it is free
+--   q:<queue>:eta      zset    "entry:tag" by due time (ms)
+--   q:<queue>:warm     hash    tag -> the slot that had it last;  warmz: zset, its LRU order
+--   q:<queue>:dead     hash    entry -> why it was buried;  deadm: hash, its message
+--   q:<queue>:leader   string  "<candidate> <term>", expires
+--   q:<queue>:wake     list    doorbell of the leader;  vacant: list, doorbell of candidates
+--   b:<n>:<queue>:<tag> list   backlog: entries in order, n = length of the queue's name
+--   schema             string  version of this layout
+--   workers            zset    incarnation -> when its heartbeat is overdue (ms)
+--   w:<inc>:info       hash    name, state, depth, cap, queues, junk, beat
+--   w:<inc>:idle       set     free slots;  leased: set;  busy: hash, token -> slot of an
+--                              ordinary task ("-": owed);  owed: list of such tokens
+--   s:<inc>:<slot>     hash    the slot's lease and the answer to its last settle
+local P = KEYS[1]
+local TIME = redis.call('TIME')
+local NOW_US = TIME[1] * 1000000 + TIME[2]
+local NOW = math.floor(NOW_US / 1000)
+
+local function text(n) return string.format('%.0f', n) end
+local function queue_key(q, name) return P .. 'q:' .. q .. ':' .. name end
+local function backlog_key(q, tag) return P .. 'b:' .. #q .. ':' .. q .. ':' .. tag end
+local function worker_key(inc, name) return P .. 'w:' .. inc .. ':' .. name end
+local function slot_key(inc, i) return P .. 's:' .. inc .. ':' .. i end
+local function count(q, name, by) redis.call('HINCRBY', queue_key(q, 'c'), name, by or 1) end
+
+-- The next of a growing number: above the last, and above any that a lost data set held.
+local function grow(q, name)
+  local last = tonumber(redis.call('HGET', queue_key(q, 'c'), name) or 0)
+  local n = math.max(last + 1, NOW_US)
+  redis.call('HSET', queue_key(q, 'c'), name, text(n))
+  return text(n)
+end
+
+local function ring_bell(q)
+  local bell = queue_key(q, 'wake')
+  if redis.call('LLEN', bell) == 0 then redis.call('LPUSH', bell, '1') end
+end
+
+local CONF = {}
+local function conf(q)
+  local c = CONF[q]
+  if not c then
+    local v = redis.call('HMGET', queue_key(q, 'conf'), 'max_batch_size', 'tag_concurrency',
+      'mapped', 'max_deliveries', 'warm_tags')
+    c = {batch = tonumber(v[1] or 10), concurrency = tonumber(v[2] or 1), mapped = v[3] == '1',
+      deliveries = tonumber(v[4] or 3), warm = tonumber(v[5] or 1000)}
+    CONF[q] = c
+  end
+  return c
+end
+
+local function concurrency(q, tag)
+  if conf(q).mapped then
+    local own = redis.call('HGET', queue_key(q, 'limits'), tag)
+    if own then return tonumber(own) end
+  end
+  return conf(q).concurrency
+end
+
+-- The layout's version found in this namespace if it is not the caller's, else nil.
+local function other_schema(version)
+  local found = redis.call('GET', P .. 'schema')
+  if not found then redis.call('SET', P .. 'schema', version) end
+  if found and found ~= version then return found end
+  return nil
+end
+
+-- A worker's record, or false for one that is not (or no longer) registered.
+local WORKERS = {}
+local function worker(inc)
+  local w = WORKERS[inc]
+  if w == nil then
+    local v = redis.call('HMGET', worker_key(inc, 'info'), 'state', 'depth', 'queues', 'timeout')
+    w = false
+    if v[1] then
+      w = {active = v[1] == 'active', depth = tonumber(v[2]), timeout = tonumber(v[4]),
+        queues = {}, lists = {}, slots = {}}
+      for q, slots, list in string.gmatch(v[3], '([^\t\n]+)\t([^\t\n]+)\t([^\n]+)') do
+        w.queues[#w.queues + 1] = q
+        w.slots[q] = tonumber(slots)
+        w.lists[q] = list
+      end
+    end
+    WORKERS[inc] = w
+  end
+  return w
+end

@@ -1,0 +1,20 @@
+-- Delivery on the same Redis: the stamped message goes into the worker queue's list itself.
+
+-- The stamp becomes the first header. Intake admits only messages whose first inner brace
+-- opens the headers, so the place needs no parsing and the message is never re-encoded.
+local function stamped(raw, stamp)
+  local _, brace = string.find(raw, '{', 2, true)
+  return string.sub(raw, 1, brace) .. '"affinity_stamp": "' .. stamp .. '", '
+    .. string.sub(raw, brace + 1)
+end
+
+-- Send (again) what lease l has out at position k (1 or 2); false if its message is gone.
+local function deliver(l, k, w)
+  local o = l.out[k]
+  local raw = redis.call('HGET', queue_key(l.q, 'm'), o.entry)
+  if not raw then return false end
+  local starts = tonumber(redis.call('HGET', queue_key(l.q, 'att'), o.entry) or 0)
+  local stamp = table.concat({o.entry, l.epoch, o.send, l.inc, l.i, o.place, starts + 1, l.q}, ' ')
+  redis.call('LPUSH', w.lists[l.q], stamped(raw, stamp))
+  return true
+end

@@ -1,0 +1,35 @@
+-- Take a worker out of the ledger: what it held goes back to the head, its keys go.
+
+-- Does at most `budget` leases; returns entries given back and whether more is to be done.
+local function forget_worker(inc, budget)
+  local w = worker(inc)
+  local info = worker_key(inc, 'info')
+  local touched, back, done = {}, 0, 0
+  for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
+    if done == budget then
+      redis.call('HSET', info, 'state', 'leaving')
+      return back, true
+    end
+    local l = load_lease(inc, i)
+    back = back + #l.out
+    take_back(l, true)
+    release(l, true)
+    touched[l.q] = true
+    done = done + 1
+  end
+  if w then
+    for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'idle'))) do
+      withdraw_idle(inc, i, w)
+    end
+  end
+  local v = redis.call('HMGET', info, 'cap', 'junk')
+  for i = 0, tonumber(v[1] or 0) - 1 do redis.call('DEL', slot_key(inc, i)) end
+  for key in string.gmatch(v[2] or '', '[^\n]+') do redis.call('DEL', key) end
+  for _, name in ipairs({'info', 'idle', 'leased', 'busy', 'owed'}) do
+    redis.call('DEL', worker_key(inc, name))
+  end
+  redis.call('ZREM', P .. 'workers', inc)
+  WORKERS[inc] = nil
+  for q in pairs(touched) do match(q, 100) end
+  return back, false
+end

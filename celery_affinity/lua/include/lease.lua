@@ -1,0 +1,144 @@
+-- A slot's lease: open, fill with messages, release, take back.
+
+local FIELDS = {'q', 'tag', 'epoch', 'n', 'cn', 'since', 't', 'miss', 'fin',
+  'e1', 's1', 'p1', 'k1', 'e2', 's2', 'p2', 'lt', 'lr'}
+
+-- The lease of a slot, or nil if the slot has none.
+local function load_lease(inc, i)
+  local v = redis.call('HMGET', slot_key(inc, i), unpack(FIELDS))
+  local l = {inc = inc, i = i, q = v[1], tag = v[2], epoch = v[3], n = tonumber(v[4]),
+    cn = tonumber(v[5]), since = v[6], t = tonumber(v[7]), miss = tonumber(v[8] or 0),
+    fin = v[9], out = {}, last_token = v[17], last_answer = v[18]}
+  if v[10] then l.out[1] = {entry = v[10], send = tonumber(v[11]), place = v[12], token = v[13]} end
+  if v[14] then l.out[2] = {entry = v[14], send = tonumber(v[15]), place = v[16]} end
+  return l, l.q and true or false
+end
+
+local function save_lease(l)
+  local key = slot_key(l.inc, l.i)
+  local set = {'n', l.n, 't', text(l.t), 'miss', l.miss}
+  local gone = {}
+  for k = 1, 2 do
+    local o = l.out[k]
+    if o then
+      for name, v in pairs({e = o.entry, s = text(o.send), p = o.place}) do
+        set[#set + 1] = name .. k
+        set[#set + 1] = v
+      end
+    else
+      for _, name in ipairs({'e', 's', 'p'}) do gone[#gone + 1] = name .. k end
+    end
+  end
+  local token = l.out[1] and l.out[1].token
+  if token then set[#set + 1] = 'k1'; set[#set + 1] = token else gone[#gone + 1] = 'k1' end
+  redis.call('HSET', key, unpack(set))
+  if #gone > 0 then redis.call('HDEL', key, unpack(gone)) end
+end
+
+local function others_wait(w)
+  for _, q in ipairs(w.queues) do
+    if redis.call('ZCARD', queue_key(q, 'ring')) > 0 then return true end
+  end
+  return false
+end
+
+-- Dispatch entries of the lease's tag until it has its share out: two where the slot is a
+-- process, one else, and one for a tag with several leases. Past max_batch_size only while no
+-- other tag waits.
+local function pump(l, w)
+  local depth = l.cn > 1 and 1 or w.depth
+  local batch = conf(l.q).batch
+  local sent = 0
+  while #l.out < depth do
+    if l.n >= batch and others_wait(w) then break end
+    if l.cn > 1 and redis.call('SISMEMBER', queue_key(l.q, 'unst'), l.tag) == 1 then break end
+    local entry = redis.call('LPOP', backlog_key(l.q, l.tag))
+    if not entry then break end
+    l.n = l.n + 1
+    l.t = NOW
+    l.out[#l.out + 1] = {entry = entry, send = 1, place = text(l.n)}
+    if deliver(l, #l.out, w) then
+      if l.cn > 1 then
+        redis.call('SADD', queue_key(l.q, 'unst'), l.tag)
+        redis.call('ZREM', queue_key(l.q, 'ring'), l.tag)
+      end
+      sent = sent + 1
+    else
+      l.out[#l.out] = nil
+      l.n = l.n - 1
+    end
+  end
+  return sent
+end
+
+local function remember_warm(l)
+  local cap = conf(l.q).warm
+  if cap == 0 then return end
+  redis.call('HSET', queue_key(l.q, 'warm'), l.tag, l.inc .. ':' .. l.i)
+  redis.call('ZADD', queue_key(l.q, 'warmz'), text(NOW), l.tag)
+  if redis.call('ZCARD', queue_key(l.q, 'warmz')) > cap then
+    local oldest = redis.call('ZPOPMIN', queue_key(l.q, 'warmz'))
+    redis.call('HDEL', queue_key(l.q, 'warm'), oldest[1])
+  end
+end
+
+-- End a lease that has nothing out. The slot keeps the answer to its last settle only.
+local function release(l, to_front)
+  local rest = {}
+  for _, slot in ipairs(holders(l.q, l.tag)) do
+    if slot ~= l.inc .. ':' .. l.i then rest[#rest + 1] = slot end
+  end
+  if #rest > 0 then
+    redis.call('HSET', queue_key(l.q, 'held'), l.tag, table.concat(rest, ' '))
+  else
+    redis.call('HDEL', queue_key(l.q, 'held'), l.tag)
+  end
+  redis.call('SREM', worker_key(l.inc, 'leased'), l.i)
+  redis.call('HDEL', slot_key(l.inc, l.i), unpack(FIELDS, 1, #FIELDS - 2))
+  remember_warm(l)
+  enlist(l.q, l.tag, to_front)
+end
+
+-- Lease a tag that is off the ring to a slot that is off the free list; false if the tag had
+-- nothing to dispatch after all.
+local function open_lease(q, tag, inc, i, w)
+  local me = inc .. ':' .. i
+  local held = redis.call('HGET', queue_key(q, 'held'), tag)
+  redis.call('HSET', queue_key(q, 'held'), tag, held and held .. ' ' .. me or me)
+  redis.call('SADD', worker_key(inc, 'leased'), i)
+  local l = {inc = inc, i = i, q = q, tag = tag, epoch = grow(q, 'epoch'), n = 0,
+    cn = concurrency(q, tag), t = NOW, miss = 0, out = {}}
+  redis.call('HSET', slot_key(inc, i), 'q', q, 'tag', tag, 'epoch', l.epoch, 'cn', l.cn,
+    'since', text(NOW))
+  local sent = pump(l, w)
+  save_lease(l)
+  if sent == 0 then release(l) end
+  count(q, 'leases')
+  return sent > 0
+end
+
+-- Give back what a lease has out, in order, to the head of its tag: the unstarted, and with
+-- `started` also the one that runs, which then counts as one delivery more.
+local function take_back(l, started)
+  local kept = {}
+  for k = #l.out, 1, -1 do
+    local o = l.out[k]
+    if o.token and not started then
+      kept[1] = o
+    else
+      local starts = o.token and redis.call('HINCRBY', queue_key(l.q, 'att'), o.entry, 1) or 0
+      if not o.token and l.cn > 1 then redis.call('SREM', queue_key(l.q, 'unst'), l.tag) end
+      if l.fin == o.entry then
+        forget_entry(l.q, o.entry)
+        count(l.q, 'settled')
+      elseif starts >= conf(l.q).deliveries then
+        bury(l.q, o.entry, l.tag, 'started ' .. starts .. ' times without an end (max_deliveries)')
+      else
+        put_back(l.q, l.tag, o.entry)
+        count(l.q, 'requeued')
+      end
+      l.n = l.n - 1
+    end
+  end
+  l.out = kept
+end

@@ -1,0 +1,45 @@
+-- Read a message of the pending queue just far enough to admit it.
+
+local function eta_ms(iso)
+  local y, mo, d, h, mi, s, rest = string.match(iso,
+    '^(%d%d%d%d)%-(%d%d)%-(%d%d)T(%d%d):(%d%d):(%d%d)(.*)$')
+  if not y then return nil end
+  local fraction, sign, oh, om = string.match(rest, '^%.?(%d*)([+-])(%d%d):(%d%d)$')
+  if not sign then return nil end
+  y, mo, d = tonumber(y), tonumber(mo), tonumber(d)
+  if mo <= 2 then y = y - 1; mo = mo + 12 end
+  local days = 365 * y + math.floor(y / 4) - math.floor(y / 100) + math.floor(y / 400)
+    + math.floor((153 * (mo - 3) + 2) / 5) + d - 719469
+  local seconds = days * 86400 + h * 3600 + mi * 60 + s
+  local offset = oh * 3600 + om * 60
+  seconds = sign == '+' and seconds - offset or seconds + offset
+  return seconds * 1000 + math.floor(tonumber('0.' .. fraction .. '0') * 1000)
+end
+
+local function tag_text(value)
+  if type(value) == 'number' and value % 1 == 0 and math.abs(value) < 2^53 then
+    value = text(value)
+  end
+  if type(value) == 'string' and #value > 0 and #value <= 512 then return value end
+  return nil
+end
+
+-- Returns the tag and the due time (or nil), or nothing for a message that Python must look
+-- at: unusable, untagged, or in a shape that cannot be stamped as it is.
+local function read_message(raw)
+  local ok, m = pcall(cjson.decode, raw)
+  if not ok or type(m) ~= 'table' then return nil end
+  local h = m.headers
+  if type(h) ~= 'table' or type(h.id) ~= 'string' or type(h.task) ~= 'string'
+    or h.affinity_stamp ~= nil or type(m.body) ~= 'string' or type(m.properties) ~= 'table'
+    or type(m['content-type']) ~= 'string' then return nil end
+  local _, opens = string.find(raw, '"headers": {"', 1, true)
+  if not opens or string.find(raw, '{', 2, true) ~= opens - 1
+    or string.find(string.sub(raw, 1, opens), '[', 1, true) then return nil end
+  local tag = tag_text(h.identify_tag)
+  if not tag then return nil end
+  if h.eta == nil or h.eta == cjson.null then return tag end
+  local eta = type(h.eta) == 'string' and eta_ms(h.eta)
+  if not eta then return nil end
+  return tag, eta
+end

@@ -1,0 +1,33 @@
+-- register: announce an incarnation, then offer its slots to the queues it serves.
+--
+-- KEYS[1] namespace prefix
+-- ARGV    incarnation, node name, messages out per lease, number of slots,
+--         queues as lines "queue TAB slots it may use TAB worker queue's list",
+--         keys to delete when it is gone (a line each), role, heartbeat timeout in ms,
+--         slots that still run something and are offered later (a line each), schema version
+-- Returns {-5, version} the ledger has a layout that this version must not touch; {1}. A repeat changes nothing but the heartbeat: an offered slot is free or leased.
+-- @include base
+-- @include ring
+-- @include deliver
+-- @include lease
+-- @include match
+local inc = ARGV[1]
+local found = other_schema(ARGV[10])
+if found then return {-5, found} end
+local known = redis.call('EXISTS', worker_key(inc, 'info')) == 1
+redis.call('ZADD', P .. 'workers', text(NOW + ARGV[8]), inc)
+if known then return {1} end
+redis.call('HSET', worker_key(inc, 'info'), 'name', ARGV[2], 'state', 'active', 'depth', ARGV[3],
+  'cap', ARGV[4], 'queues', ARGV[5], 'junk', ARGV[6], 'role', ARGV[7], 'timeout', ARGV[8],
+  'since', text(NOW))
+local held_back = {}
+for i in string.gmatch(ARGV[9], '[^\n]+') do
+  held_back[i] = true
+  redis.call('HSET', worker_key(inc, 'busy'), 'slot:' .. i, i)
+end
+local w = worker(inc)
+for i = 0, tonumber(ARGV[4]) - 1 do
+  if not held_back[text(i)] then offer_idle(inc, text(i), w) end
+end
+for _, q in ipairs(w.queues) do match(q, 100) end
+return {1}

@@ -1,0 +1,23 @@
+-- rescue: take out one worker whose heartbeat is overdue.
+--
+-- KEYS[1] namespace prefix     ARGV queue, fence, how many leases at most
+-- Returns {-1} not the leader;
+--         {0, ms until the next worker can be overdue, or -1 without workers};
+--         {1, node name, incarnation, entries given back, more}
+-- @include base
+-- @include fence
+-- @include ring
+-- @include deliver
+-- @include lease
+-- @include match
+-- @include forget
+local q, fence, budget = ARGV[1], ARGV[2], tonumber(ARGV[3])
+if not in_term(q, fence) then return {-1} end
+local first = redis.call('ZRANGE', P .. 'workers', 0, 0, 'WITHSCORES')
+if not first[1] then return {0, -1} end
+local wait = tonumber(first[2]) - NOW
+if wait > 0 then return {0, wait} end
+local inc = first[1]
+local name = redis.call('HGET', worker_key(inc, 'info'), 'name') or ''
+local back, more = forget_worker(inc, budget)
+return {1, name, inc, back, more and 1 or 0}

@@ -1,0 +1,43 @@
+-- settle: a started task has ended; in the same step its slot gets what comes next.
+--
+-- KEYS[1] namespace prefix
+-- ARGV    incarnation, slot, entry, epoch, start token,
+--         outcome: 'done' | 'again' (the same message to the end of its tag) | 'bury' (ARGV[7]:
+--         reason), then for each retry: its message, due time in ms or ''
+-- Returns 'held' the lease goes on; 'empty' | 'batch' | 'drained' why it was released;
+--         'stale' the entry is not this caller's any more, nothing was changed.
+-- A repeat with the same token gets the same answer.
+-- @include base
+-- @include ring
+-- @include deliver
+-- @include lease
+-- @include match
+-- @include admit_entry
+-- @include finish
+local inc, i, entry, epoch, token, outcome = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local l, leased = load_lease(inc, i)
+if l.last_token == token then return l.last_answer end
+local first = l.out[1]
+if not leased or l.epoch ~= epoch or not first or first.entry ~= entry or first.token ~= token then
+  return 'stale'
+end
+local q, tag = l.q, l.tag
+if outcome == 'bury' then
+  bury(q, entry, tag, ARGV[7])
+else
+  if outcome == 'again' then
+    local raw = redis.call('HGET', queue_key(q, 'm'), entry)
+    if raw then admit_entry(q, raw, tag) end
+  end
+  for k = 7, #ARGV, 2 do
+    local eta = tonumber(ARGV[k + 1])
+    admit_entry(q, ARGV[k], tag, eta)
+    if eta then ring_bell(q) end
+  end
+  forget_entry(q, entry)
+  count(q, 'settled')
+end
+drop_first(l)
+local answer = go_on(l, worker(inc))
+redis.call('HSET', slot_key(inc, i), 'lt', token, 'lr', answer)
+return answer

@@ -1,0 +1,152 @@
+"""A Celery message as the ledger keeps it: tags, stamps, and Redis' envelope of a task.
+
+The ledger stores the message of a producer byte for byte. Its envelope is kombu's for virtual
+transports: a JSON object with body, content-type, content-encoding, headers, properties.
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+from kombu.compression import compress
+from kombu.serialization import dumps
+
+from celery_affinity.exceptions import TagError
+
+__all__ = ("MAX_TAG_BYTES", "STAMP_HEADER", "TAG_HEADER", "Stamp", "envelope", "normalised", "tag_text")
+
+#: Header (and `apply_async` option) with the tag of a task.
+TAG_HEADER = "identify_tag"
+#: Header that the ledger puts into a message when it dispatches it.
+STAMP_HEADER = "affinity_stamp"
+#: Longest tag, in bytes of UTF-8.
+MAX_TAG_BYTES = 512
+
+
+def tag_text(value: object) -> str:
+    """The text of a tag.
+
+    Arguments:
+        value: A str, int or UUID; 1 and "1" are one tag.
+
+    Raises:
+        TagError: For anything else, an empty text, more than 512 bytes of UTF-8, and text that
+            UTF-8 cannot hold (lone surrogates).
+    """
+    if isinstance(value, bool) or not isinstance(value, (str, int, UUID)):
+        raise TagError(
+            f"identify_tag must be a str, an int or a UUID, found {type(value).__name__} "
+            f"{value!r:.80}: pass the tenant's id itself"
+        )
+    text = str(value)
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise TagError(
+            f"identify_tag {text!r:.80} has a lone surrogate, which UTF-8 cannot hold: "
+            "decode the text properly before it becomes a tag"
+        ) from None
+    if not size:
+        raise TagError("identify_tag is empty: every affinity task needs a tag")
+    if size > MAX_TAG_BYTES:
+        raise TagError(
+            f"identify_tag has {size} bytes, expected at most {MAX_TAG_BYTES}: "
+            "use an id or a hash of it"
+        )
+    return text
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What the ledger wrote into a dispatched message; its fields fence every later step."""
+
+    entry: str
+    epoch: str
+    send: str
+    incarnation: str
+    slot: int
+    place: int
+    attempt: int
+    state: str
+
+    @classmethod
+    def parse(cls, text: object) -> Stamp | None:
+        """The stamp in a header, or None if there is none or it is not one of ours."""
+        if not isinstance(text, str):
+            return None
+        parts = text.split(" ", 7)
+        if len(parts) != 8:
+            return None
+        entry, epoch, send, incarnation, slot, place, attempt, state = parts
+        try:
+            return cls(entry, epoch, send, incarnation, int(slot), int(place), int(attempt), state)
+        except ValueError:
+            return None
+
+    @property
+    def held(self) -> str:
+        """How a heartbeat names this message."""
+        return f"{self.slot}:{self.entry}:{self.epoch}:{self.send}"
+
+
+def envelope(
+    body: object,
+    headers: Mapping[str, Any],
+    properties: Mapping[str, Any],
+    *,
+    serializer: str,
+    compression: str | None,
+    routing_key: str,
+) -> str:
+    """A task message as kombu's Redis transport would have stored it in a queue."""
+    content_type, content_encoding, payload = dumps(body, serializer=serializer)
+    headers = dict(headers)
+    if compression:
+        payload, headers["compression"] = compress(payload, compression)
+    raw = payload.encode() if isinstance(payload, str) else payload
+    priority = properties.get("priority") or 0
+    return json.dumps(
+        {
+            "headers": headers,
+            "body": b64encode(raw).decode(),
+            "content-type": content_type,
+            "content-encoding": content_encoding,
+            "properties": {
+                "delivery_mode": 2,
+                **properties,
+                "priority": priority,
+                "delivery_info": {"exchange": "", "routing_key": routing_key},
+                "body_encoding": "base64",
+                "delivery_tag": str(uuid4()),
+            },
+        },
+        default=str,
+    )
+
+
+def normalised(message: Mapping[str, Any], tag: str) -> str:
+    """The same message in the shape that the ledger can stamp: headers first, tag in them."""
+    headers = {key: value for key, value in message["headers"].items() if key != STAMP_HEADER}
+    headers[TAG_HEADER] = tag
+    rest = {key: value for key, value in message.items() if key != "headers"}
+    return json.dumps({"headers": headers, **rest})
+
+
+def due_ms(eta: object) -> int | None:
+    """Milliseconds since the epoch of an ISO 8601 text; None without one.
+
+    Raises:
+        ValueError: If the text is not a time.
+    """
+    if eta is None:
+        return None
+    if not isinstance(eta, str):
+        raise ValueError(f"eta is {eta!r:.80}, expected ISO 8601 text")
+    moment = datetime.fromisoformat(eta.replace("Z", "+00:00"))
+    return int(moment.timestamp() * 1000)

@@ -1,0 +1,205 @@
+"""What a worker node reports to the ledger: that it lives, what it holds, that it stops.
+
+Crash windows: a node that dies at any point stops beating and is rescued; one that was rescued
+while it was frozen learns it from its next beat, and registers anew without the slots that
+still run something (test_a_frozen_worker_starts_nothing_before_it_has_registered_anew).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import time
+from collections import deque
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from celery_affinity.held import Held
+from celery_affinity.message import Stamp
+from celery_affinity.scripts import Scripts
+
+__all__ = ("Reporter",)
+
+logger = logging.getLogger(__name__)
+
+#: A dispatched message that has not arrived after so long is sent again.
+GRACE_MS = 1000
+
+
+class Reporter:
+    """One incarnation's reports.
+
+    Arguments:
+        connect: Makes a client; one for the heartbeat's thread, one for the caller's.
+        announcement: Keyword arguments of `Scripts.register`, made at each registration.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Scripts],
+        incarnation: str,
+        announcement: Callable[[], dict[str, Any]],
+        interval_seconds: float,
+    ) -> None:
+        self.held = Held()
+        self.held.on_end = self._on_end
+        self._connect = connect
+        self._scripts = connect()
+        self._incarnation = incarnation
+        self._announcement = announcement
+        self._interval = interval_seconds
+        self._beats = count(1)
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._draining = self._drained = self._stopping = False
+        self._busy_slots: set[int] = set()
+        self._to_vacate: deque[int] = deque()
+        self._reachable = True
+
+    # Called by the worker's start and stop
+
+    def register(self) -> None:
+        """Announce this incarnation (again); a repeat changes nothing."""
+        self._scripts.register(self._incarnation, **self._announcement())
+
+    def reconnected(self) -> None:
+        """After a broker connection was lost: have sent again what had not started."""
+        self.held.flushed()
+        self._beat(self._scripts, 0)
+
+    def drain(self) -> None:
+        """Take no more work; give back what has not started. Repeats change nothing."""
+        try:
+            back = self._scripts.drain(self._incarnation)
+        except RedisError as error:
+            logger.warning("Could not drain: %s", error, extra={"action": "drain_failed"})
+            return
+        if not self._drained:
+            logger.info("Draining: %d tasks went back to the head of their tags.", back,
+                        extra={"action": "drain", "entries": back})
+        self._drained = True
+
+    def leave(self) -> None:
+        """The pool has stopped: take this incarnation out of the ledger."""
+        self._stopping = True
+        self._wake()
+        try:
+            back = self._scripts.leave(self._incarnation)
+        except RedisError as error:
+            logger.warning(
+                "Could not leave (%s): the leader rescues this worker after its heartbeat "
+                "timeout.", error, extra={"action": "leave_failed"},
+            )
+        else:
+            logger.info("Left the ledger; %d tasks given back.", back,
+                        extra={"action": "leave", "entries": back})
+
+    def request_drain(self) -> None:
+        """Drain soon, from the heartbeat's thread. Safe in a signal handler."""
+        self._draining = True
+        self._wake()
+
+    # Called for single messages, in the worker's main thread (LedgerEnds)
+
+    def discard(self, stamp: Stamp, verdict: str, reason: str = "") -> None:
+        """A dispatched message ended here without being started."""
+        self._tell(lambda: self._scripts.discard(
+            stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.send, verdict, reason
+        ))
+
+    def finish(self, stamp: Stamp) -> None:
+        """A running task was ended; its process is being stopped."""
+        self._tell(lambda: self._scripts.finish(
+            stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch
+        ))
+
+    def process_lost(self, stamp: Stamp) -> str:
+        """What becomes of a task whose process is gone."""
+        answer = self._tell(lambda: self._scripts.lost(
+            stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.state
+        ))
+        return answer if isinstance(answer, str) else "requeued"
+
+    def _tell(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except RedisError as error:
+            # Nothing is lost: the next heartbeats find the message missing.
+            self._log_reachable(False, error)
+            return None
+
+    # The heartbeat's thread
+
+    def run(self) -> None:
+        """Beat until `leave`."""
+        scripts = self._connect()
+        while not self._stopping:
+            select.select([self._reader], [], [], self._interval)
+            self._clear_wake()
+            if self._stopping:
+                return
+            try:
+                if self._draining and not self._drained:
+                    self.drain()
+                while self._to_vacate:
+                    scripts.vacate(self._incarnation, f"slot:{self._to_vacate.popleft()}")
+                self._beat(scripts, GRACE_MS)
+            except RedisError as error:
+                self._log_reachable(False, error)
+                time.sleep(min(0.5, self._interval))
+            except Exception:
+                logger.exception("The heartbeat failed.", extra={"action": "heartbeat_failed"})
+                time.sleep(min(0.5, self._interval))
+
+    def _beat(self, scripts: Scripts, grace_ms: int) -> None:
+        registered, again, back = scripts.heartbeat(
+            self._incarnation, f"{os.getpid()}.{next(self._beats)}", grace_ms, self.held.names()
+        )
+        self._log_reachable(True)
+        if again or back:
+            logger.warning(
+                "%d messages were lost on the way and sent again, %d tasks taken back.",
+                again, back, extra={"action": "resend", "again": again, "back": back},
+            )
+        if not registered and not self._draining and not self._stopping:
+            self._register_anew(scripts)
+
+    def _register_anew(self, scripts: Scripts) -> None:
+        logger.warning(
+            "This worker was given up as lost; it registers anew. What it still runs may run "
+            "elsewhere too.", extra={"action": "register_anew"},
+        )
+        self._busy_slots = self.held.running_slots()
+        scripts.register(
+            self._incarnation, **self._announcement(), busy=sorted(self._busy_slots)
+        )
+
+    def _on_end(self, stamp: Stamp) -> None:
+        if stamp.slot in self._busy_slots:
+            self._busy_slots.discard(stamp.slot)
+            self._to_vacate.append(stamp.slot)
+            self._wake()
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._writer, b"!")
+        except (BlockingIOError, OSError):
+            pass
+
+    def _clear_wake(self) -> None:
+        if select.select([self._reader], [], [], 0)[0]:
+            os.read(self._reader, 4096)
+
+    def _log_reachable(self, reachable: bool, error: Exception | None = None) -> None:
+        if reachable == self._reachable:
+            return
+        self._reachable = reachable
+        if reachable:
+            logger.warning("The ledger answers again.", extra={"action": "redis_back"})
+        else:
+            logger.warning("The ledger does not answer (%s); heartbeats wait.", error,
+                           extra={"action": "redis_gone"})

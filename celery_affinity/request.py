@@ -1,0 +1,209 @@
+"""Dispatched messages in the worker's parent process: what is received, and how it ends there.
+
+An ordinary message takes Celery's own strategy. A dispatched one (it carries the ledger's stamp)
+takes this one: it is neither acked nor rejected, its due time is over, a message that cannot be
+made a request is buried instead of stopping the worker, and of a copy that the gate refuses
+nothing is seen.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from billiard.exceptions import WorkerLostError
+from celery import signals
+from celery.app import trace as celery_trace
+from celery.utils.imports import symbol_by_name
+from celery.worker import state as worker_state
+from celery.worker.request import create_request_cls
+
+from celery_affinity.gate import REFUSED
+from celery_affinity.held import Held
+from celery_affinity.message import STAMP_HEADER, Stamp
+
+__all__ = ("LedgerEnds", "strategy_for")
+
+logger = logging.getLogger(__name__)
+
+
+class LedgerEnds(Protocol):
+    """What the parent tells the ledger; never raises."""
+
+    held: Held
+
+    def discard(self, stamp: Stamp, verdict: str, reason: str = "") -> None:
+        """It ended without being started."""
+
+    def finish(self, stamp: Stamp) -> None:
+        """It was ended while it ran; its process is being stopped."""
+
+    def process_lost(self, stamp: Stamp) -> str:
+        """Its process is gone: settled, requeued or buried."""
+
+
+def _noop(*args: object, **kwargs: object) -> None:
+    return None
+
+
+class DispatchedRequest:
+    """Mixed over the class that Celery makes of the task's Request, for dispatched messages."""
+
+    affinity_ends: LedgerEnds
+
+    def __init__(self, message: Any, **options: Any) -> None:
+        stamp = Stamp.parse(message.headers.get(STAMP_HEADER))
+        assert stamp is not None
+        self.affinity_stamp = stamp
+        super().__init__(message, **{**options, "on_ack": _noop, "on_reject": _noop})
+        self._eta = None  # it was due when it was dispatched
+        self.affinity_ends.held.arrived(stamp, self)
+
+    @property
+    def first_copy(self) -> bool:
+        """Whether events are sent as they happen; a later copy's wait until it was accepted."""
+        return self.affinity_stamp.send == "1"
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        """The pool has taken it."""
+        self.affinity_ends.held.accepted(self.affinity_stamp)
+        super().on_accepted(pid, time_accepted)  # type: ignore[misc]
+
+    def send_event(self, type: str, **fields: Any) -> None:
+        """Send an event, except of a later copy before its gate has opened."""
+        if type == "task-started" and not self.first_copy:
+            return
+        super().send_event(type, **fields)  # type: ignore[misc]
+
+    def on_success(self, result: tuple[Any, Any, Any], **kwargs: Any) -> None:
+        """The tracer has returned: the task ended, or the gate refused this copy."""
+        failed, retval, _ = result
+        if not failed and retval == REFUSED:
+            self._vanish()
+            return
+        if not self.first_copy:
+            announce_received(self)
+            super().send_event("task-started")  # type: ignore[misc]
+        try:
+            super().on_success(result, **kwargs)  # type: ignore[misc]
+        finally:
+            self.affinity_ends.held.ended(self.affinity_stamp)
+
+    def on_failure(
+        self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
+    ) -> None:
+        """It failed, or its process is gone: then the ledger says whether it runs again."""
+        error = exc_info.exception
+        error = getattr(error, "exc", error)
+        if isinstance(error, (WorkerLostError, SystemExit)) and not return_ok:
+            verdict = self.affinity_ends.process_lost(self.affinity_stamp)
+            if verdict != "buried":
+                logger.warning(
+                    "The process of task %s[%s] is gone (%s); the task is %s.",
+                    self.name, self.id, error, verdict,  # type: ignore[attr-defined]
+                    extra={"action": "process_lost", "verdict": verdict},
+                )
+                self._vanish()
+                return
+        try:
+            super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc]
+        finally:
+            self.affinity_ends.held.ended(self.affinity_stamp)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """A time limit is over; past the hard one the process is killed."""
+        if not soft:
+            self.affinity_ends.finish(self.affinity_stamp)
+        super().on_timeout(soft, timeout)  # type: ignore[misc]
+        if not soft:
+            self.affinity_ends.held.ended(self.affinity_stamp)
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        if getattr(self, "time_start", None):
+            self.affinity_ends.finish(self.affinity_stamp)
+        else:
+            self.affinity_ends.discard(self.affinity_stamp, "settle", reason)
+        super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
+        self.affinity_ends.held.ended(self.affinity_stamp)
+
+    def _announce_cancelled(self, emit_retry: bool = True) -> None:
+        # A cold stop: the process is killed and the node's leave gives the task back.
+        worker_state.task_ready(self)
+        self._already_cancelled = True
+
+    def _vanish(self) -> None:
+        worker_state.task_ready(self)
+        self.affinity_ends.held.ended(self.affinity_stamp)
+        task_id = self.id  # type: ignore[attr-defined]
+        original = self.affinity_ends.held.other_request(task_id, self)
+        if original is not None:
+            worker_state.requests[task_id] = original
+
+
+def announce_received(req: Any) -> None:
+    """Send the event that a task was received."""
+    req._eventer and req._eventer.enabled and req.task.send_events and req._eventer.send(
+        "task-received",
+        uuid=req.id, name=req.name, args=req.argsrepr, kwargs=req.kwargsrepr,
+        root_id=req.root_id, parent_id=req.parent_id,
+        retries=req.request_dict.get("retries", 0), eta=None,
+        expires=req.expires and req.expires.isoformat(),
+    )
+
+
+def strategy_for(task: Any, app: Any, consumer: Any, stock: Any, ends: LedgerEnds,
+                 to_pool: Callable[[Any], None]) -> Any:
+    """Celery's strategy for a task, with the one for dispatched messages in front.
+
+    Arguments:
+        stock: The strategy that Celery has built.
+        to_pool: Hands a request to the pool.
+    """
+    stock_class = create_request_cls(
+        symbol_by_name(task.Request), task, consumer.pool, consumer.hostname,
+        consumer.event_dispatcher, app=app,
+    )
+    request_class = type(
+        "DispatchedRequest", (DispatchedRequest, stock_class), {"affinity_ends": ends}
+    )
+    bucket_of = consumer.task_buckets.__getitem__
+
+    def receive(message: Any, stamp: Stamp) -> None:
+        req = request_class(
+            message, app=app, hostname=consumer.hostname, eventer=consumer.event_dispatcher,
+            task=task, connection_errors=consumer.connection_errors, body=message.body,
+            headers=message.headers, decoded=False, utc=app.uses_utc_timezone(),
+        )
+        data = {"id": req.id, "name": req.name, "args": req.argsrepr,
+                "kwargs": req.kwargsrepr, "eta": None}
+        logger.info(celery_trace.LOG_RECEIVED, data, extra={"data": data})
+        if (req.expires or req.id in worker_state.revoked) and req.revoked():
+            return
+        signals.task_received.send(sender=consumer, request=req)
+        if req.first_copy:
+            announce_received(req)
+        bucket = None if consumer.disable_rate_limits else bucket_of(task.name)
+        if bucket:
+            consumer._limit_task(req, bucket, 1)
+            return
+        worker_state.task_reserved(req)
+        for callback in consumer.on_task_message:
+            callback(req)
+        to_pool(req)
+
+    def handler(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> Any:
+        stamp = Stamp.parse((message.headers or {}).get(STAMP_HEADER))
+        if stamp is None:
+            return stock(message, body, ack, reject, callbacks)
+        try:
+            receive(message, stamp)
+        except Exception as error:
+            ends.held.ended(stamp)
+            reason = f"{type(error).__name__}: {error}"[:1000]
+            ends.discard(stamp, "bury", reason)
+            logger.exception("Buried a message that is not a usable task: %s", reason,
+                             extra={"action": "bury", "reason": reason})
+        return None
+
+    return handler

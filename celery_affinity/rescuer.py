@@ -1,0 +1,77 @@
+"""Takes back what lost workers held.
+
+A worker is lost when its heartbeat is overdue by Redis' clock. That clock can jump, and stands
+still while Redis is down; in both cases heartbeats look overdue that are not. So before each
+rescue the clock's advance is compared with the own monotonic clock and the server's run id with
+the last one; after a jump or a restart all heartbeats count as new.
+
+Crash windows: rescue.lua takes out a bounded number of leases at a time; a rescue cut off half
+way is finished by the next pass, of whichever leader
+(test_what_a_lost_worker_held_goes_back_to_the_head_in_order).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from celery_affinity.scripts import Scripts
+
+__all__ = ("Rescuer",)
+
+logger = logging.getLogger(__name__)
+
+#: Seconds by which the server's clock may differ from ours between two looks.
+TOLERANCE_SECONDS = 1.0
+
+
+class Rescuer:
+    """One queue's rescue passes.
+
+    Does not: decide who is lost; rescue.lua compares the heartbeat in the step that takes over.
+    """
+
+    #: Leases that one script takes back at most.
+    BATCH = 50
+
+    def __init__(self, scripts: Scripts, state: str, settle_seconds: float) -> None:
+        self._scripts = scripts
+        self._state = state
+        self._settle_seconds = settle_seconds
+        self._last: tuple[str, float, float] | None = None
+
+    def run(self, fence: str) -> float:
+        """One pass. Returns seconds until a worker can be overdue; -1 if not the leader."""
+        if self._clock_moved() and not self._scripts.rebase(self._state, fence):
+            return -1
+        while True:
+            answer = self._scripts.rescue(self._state, fence, self.BATCH)
+            if answer[0] == -1:
+                return -1
+            if answer[0] == 0:
+                return 60.0 if answer[1] < 0 else float(answer[1]) / 1000
+            name, incarnation, back = answer[1].decode(), answer[2].decode(), int(answer[3])
+            logger.warning(
+                "Worker %r is lost (no heartbeat): %d tasks go back to the head of their tags.",
+                name, back,
+                extra={"action": "rescue", "worker": name, "incarnation": incarnation,
+                       "entries": back},
+            )
+
+    def _clock_moved(self) -> bool:
+        info = self._scripts.client.info("server")
+        seconds, micros = self._scripts.client.time()
+        run_id, server, own = str(info["run_id"]), seconds + micros / 1e6, time.monotonic()
+        last, self._last = self._last, (run_id, server, own)
+        if last is None:
+            # The first look: only a server that has just come back can mislead.
+            return int(info["uptime_in_seconds"]) < self._settle_seconds
+        drift = abs((server - last[1]) - (own - last[2]))
+        if run_id == last[0] and drift < TOLERANCE_SECONDS:
+            return False
+        logger.warning(
+            "Redis %s: all heartbeats count as new, nobody is rescued before they are due again.",
+            "was restarted" if run_id != last[0] else f"changed its clock by {drift:.1f} s",
+            extra={"action": "rebase", "queue": self._state},
+        )
+        return True

@@ -1,0 +1,164 @@
+"""The scheduling of one affinity queue: campaign, and while elected admit, promote, rescue.
+
+Free slots and ready tags are brought together inside the scripts, in the step that makes a slot
+free or a tag ready. So the scheduler only has to let work in (intake, due entries) and to take it
+back from lost workers. It sleeps on arrivals (doorbell.py), not on a clock.
+
+Crash windows: every step is one fenced script, so a leader may stop between any two of them;
+the next leader's first pass does all of it again
+(test_a_killed_leader_is_replaced_within_its_ttl, test_a_superseded_term_changes_nothing).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from redis.exceptions import RedisError
+
+from celery_affinity.doorbell import Doorbell
+from celery_affinity.intake import Intake
+from celery_affinity.leadership import Elector
+from celery_affinity.rescuer import Rescuer
+from celery_affinity.scripts import Scripts
+from celery_affinity.settings import AffinityQueue
+
+__all__ = ("Scheduler",)
+
+logger = logging.getLogger(__name__)
+
+#: Due entries that one script promotes at most.
+PROMOTE_BATCH = 100
+#: Seconds between two looks for lost workers at least, so that an idle leader stays cheap.
+RESCUE_PAUSE_SECONDS = 0.5
+#: Seconds to wait before talking to a Redis that did not answer.
+RETRY_SECONDS = 0.5
+
+
+class Scheduler:
+    """Schedules one affinity queue whenever it is elected. `run` blocks until `stop`.
+
+    Does not: own its thread, or talk to workers.
+    """
+
+    def __init__(
+        self,
+        scripts: Scripts,
+        queue: AffinityQueue,
+        elector: Elector,
+        intake: Intake,
+        rescuer: Rescuer,
+        doorbells: Callable[[list[str]], Doorbell],
+        pending: list[str],
+    ) -> None:
+        self._scripts = scripts
+        self._queue = queue
+        self._elector = elector
+        self._intake = intake
+        self._rescuer = rescuer
+        self._stopping = threading.Event()
+        keys = scripts.keys
+        self._arrivals = doorbells([*pending, keys.queue(queue.state, "wake")])
+        self._vacancy = doorbells([keys.queue(queue.state, "vacant")])
+        self._reachable = True
+
+    def stop(self) -> None:
+        """Ask `run` to resign and return."""
+        self._stopping.set()
+        self._arrivals.ring()
+        self._vacancy.ring()
+
+    def run(self) -> None:
+        """Campaign and lead until `stop`."""
+        while not self._stopping.is_set():
+            try:
+                wait = self._elector.claim()
+                self._answered()
+                if self._elector.term is None:
+                    self._vacancy.wait(wait)
+                else:
+                    self._lead()
+            except RedisError as error:
+                self._elector.concede()
+                self._unanswered(error)
+                self._stopping.wait(RETRY_SECONDS)
+            except Exception:
+                self._elector.concede()
+                logger.exception(
+                    "Scheduling of %r failed; conceding the term.", self._queue.name,
+                    extra={"action": "concede", "queue": self._queue.name},
+                )
+                self._stopping.wait(RETRY_SECONDS)
+        self._end()
+
+    def _lead(self) -> None:
+        logger.info(
+            "Scheduling affinity queue %r, term %s.", self._queue.name, self._elector.term,
+            extra={"action": "elected", "queue": self._queue.name, "term": self._elector.term},
+        )
+        queue = self._queue
+        limits = (
+            queue.max_batch_size, queue.default_concurrency, queue.max_deliveries, queue.warm_tags
+        )
+        own = queue.own_concurrencies
+        if self._scripts.configure(queue.state, self._elector.fence, limits, own) == -1:
+            return self._elector.concede()
+        rescue_at = 0.0
+        while self._elector.leading and not self._stopping.is_set():
+            now = time.monotonic()
+            if now >= rescue_at:
+                left = self._rescuer.run(self._elector.fence)
+                if left < 0:
+                    break
+                rescue_at = now + max(left, RESCUE_PAUSE_SECONDS)
+            sleep = self._pass()
+            if sleep is None:
+                break
+            if sleep > 0:
+                until = min(rescue_at, self._elector.renew_at) - time.monotonic()
+                self._arrivals.wait(min(sleep, until, queue.scheduler_interval))
+            if time.monotonic() >= self._elector.renew_at and not self._elector.renew():
+                break
+        if not self._stopping.is_set():
+            logger.info(
+                "No longer scheduling %r: the term is over (not an error).", queue.name,
+                extra={"action": "conceded", "queue": queue.name},
+            )
+            self._elector.concede()
+
+    def _pass(self) -> float | None:
+        """Let work in. Returns seconds to the next due entry, 0 for at once, None if deposed."""
+        fence = self._elector.fence
+        admitted, more = self._intake.run(fence)
+        if admitted == -1:
+            return None
+        promoted, due_ms = self._scripts.promote(self._queue.state, fence, PROMOTE_BATCH)
+        if promoted == -1:
+            return None
+        if more or promoted == PROMOTE_BATCH:
+            return 0.0
+        return self._queue.scheduler_interval if due_ms < 0 else due_ms / 1000
+
+    def _end(self) -> None:
+        try:
+            self._elector.resign()
+        except RedisError:
+            pass  # it cannot be told: the term ends by itself
+        self._arrivals.close()
+        self._vacancy.close()
+
+    def _answered(self) -> None:
+        if not self._reachable:
+            logger.warning("Redis answers again; scheduling of %r goes on.", self._queue.name,
+                           extra={"action": "redis_back", "queue": self._queue.name})
+        self._reachable = True
+
+    def _unanswered(self, error: RedisError) -> None:
+        if self._reachable:
+            logger.warning(
+                "Redis does not answer (%s); scheduling of %r waits.", error, self._queue.name,
+                extra={"action": "redis_gone", "queue": self._queue.name},
+            )
+        self._reachable = False

@@ -1,0 +1,215 @@
+"""The ledger's transitions: one typed method for each Lua script.
+
+The scripts are data in ``lua/``; a line ``-- @include name`` takes in ``lua/include/name.lua``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from redis import Redis
+from redis.commands.core import Script
+
+from celery_affinity.exceptions import SchemaVersionError
+from celery_affinity.keys import Keys
+
+__all__ = ("SCHEMA_VERSION", "Scripts", "source")
+
+#: Version of the layout of the ledger. Nodes of another version refuse to touch it.
+SCHEMA_VERSION = "1"
+
+_INCLUDE = re.compile(r"^-- @include (\w+)$", re.MULTILINE)
+_COMMENT = re.compile(r"^\s*--.*\n", re.MULTILINE)
+
+
+@cache
+def source(name: str) -> str:
+    """The text of a script with its includes, without comments."""
+    folder = files("celery_affinity") / "lua"
+    text = (folder / f"{name}.lua").read_text()
+    parts = [(folder / "include" / f"{part}.lua").read_text() for part in _INCLUDE.findall(text)]
+    return _COMMENT.sub("", "\n".join([*parts, text]))
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+class Scripts:
+    """Calls of the ledger's scripts for one namespace.
+
+    Does not: decide anything; what a script answers is handed on as it is.
+    """
+
+    def __init__(self, client: Redis, keys: Keys) -> None:
+        self.client = client
+        self.keys = keys
+        self._scripts: dict[str, Script] = {}
+
+    def _call(self, name: str, *args: object, lists: Sequence[str] = ()) -> Any:
+        script = self._scripts.get(name)
+        if script is None:
+            script = self._scripts[name] = self.client.register_script(source(name))
+        return script(keys=[self.keys.prefix, *lists], args=list(args))  # type: ignore[arg-type]
+
+    def _check_schema(self, answer: list[Any]) -> None:
+        if answer[0] == -5:
+            raise SchemaVersionError(_text(answer[1]), SCHEMA_VERSION)
+
+    # Leadership
+
+    def claim(self, state: str, candidate: str, ttl_ms: int) -> tuple[str | None, int]:
+        """Returns (term, 0) if elected, else (None, ms until the present term can end)."""
+        answer = self._call("claim", state, candidate, ttl_ms, SCHEMA_VERSION)
+        self._check_schema(answer)
+        return (_text(answer[1]), 0) if answer[0] == 1 else (None, int(answer[1]))
+
+    def renew(self, state: str, fence: str, ttl_ms: int) -> bool:
+        """Prolong the term; False if it is over."""
+        return bool(self._call("renew", state, fence, ttl_ms))
+
+    def resign(self, state: str, fence: str) -> bool:
+        """End the term at once; False if it was over."""
+        return bool(self._call("resign", state, fence))
+
+    def configure(
+        self, state: str, fence: str, limits: Sequence[int], own: dict[str, int]
+    ) -> int:
+        """Write max_batch_size, tag_concurrency, max_deliveries, warm_tags and tags' own limits."""
+        pairs = [part for item in own.items() for part in item]
+        return int(self._call("configure", state, fence, *limits, *pairs))
+
+    # What the leader does
+
+    def admit(
+        self, state: str, fence: str, lists: Sequence[str], limit: int
+    ) -> tuple[int, bool, int, bytes]:
+        """Returns (admitted or -1, more, 1-based list to resolve or 0, its oldest message)."""
+        answer = self._call("admit", state, fence, limit, lists=lists)
+        if answer[0] == -1:
+            return -1, False, 0, b""
+        stop = int(answer[2])
+        return int(answer[0]), bool(answer[1]), stop - 1 if stop else 0, answer[3]
+
+    def resolve(
+        self, state: str, fence: str, pending: str, raw: bytes, verdict: Sequence[object]
+    ) -> int:
+        """Admit or bury the message that `admit` stopped at; -1 not leader, 0 it is gone."""
+        return int(self._call("resolve", state, fence, raw, *verdict, lists=[pending]))
+
+    def promote(self, state: str, fence: str, limit: int) -> tuple[int, int]:
+        """Returns (promoted or -1, ms until the next entry is due or -1)."""
+        answer = self._call("promote", state, fence, limit)
+        return (-1, -1) if answer[0] == -1 else (int(answer[0]), int(answer[1]))
+
+    def rescue(self, state: str, fence: str, budget: int) -> list[Any]:
+        """See rescue.lua."""
+        answer: list[Any] = self._call("rescue", state, fence, budget)
+        return answer
+
+    def rebase(self, state: str, fence: str) -> bool:
+        """Count every worker's heartbeat as new; False if not the leader."""
+        cursor = 0
+        while True:
+            answer = self._call("rebase", state, fence, cursor)
+            if answer[0] == -1:
+                return False
+            cursor = int(answer[1])
+            if cursor == 0:
+                return True
+
+    # What a node does
+
+    def register(
+        self,
+        incarnation: str,
+        *,
+        name: str,
+        depth: int,
+        slots: int,
+        queues: Sequence[tuple[str, int, str]],
+        junk: Sequence[str],
+        role: str,
+        timeout_ms: int,
+        busy: Sequence[int] = (),
+    ) -> None:
+        """Announce an incarnation and offer its slots; see register.lua."""
+        lines = "\n".join(f"{state}\t{limit}\t{listkey}" for state, limit, listkey in queues)
+        answer = self._call(
+            "register", incarnation, name, depth, slots, lines, "\n".join(junk), role, timeout_ms,
+            "\n".join(str(i) for i in busy), SCHEMA_VERSION,
+        )
+        self._check_schema(answer)
+
+    def heartbeat(
+        self, incarnation: str, beat: str, grace_ms: int, held: Sequence[str]
+    ) -> tuple[bool, int, int]:
+        """Returns (registered, messages sent again, entries taken back)."""
+        answer = self._call("heartbeat", incarnation, beat, grace_ms, *held)
+        return (False, 0, 0) if answer[0] == 0 else (True, int(answer[1]), int(answer[2]))
+
+    def drain(self, incarnation: str, budget: int = 100) -> int:
+        """Take no more, give back what has not started; returns how many entries."""
+        return self._until_done("drain", incarnation, budget)
+
+    def leave(self, incarnation: str, budget: int = 100) -> int:
+        """Take a stopped node out of the ledger; returns entries given back."""
+        return self._until_done("leave", incarnation, budget)
+
+    def _until_done(self, name: str, incarnation: str, budget: int) -> int:
+        back = 0
+        while True:
+            done, more = self._call(name, incarnation, budget)
+            back += int(done)
+            if not more:
+                return back
+
+    # What happens to a dispatched message
+
+    def start(
+        self, incarnation: str, slot: int, entry: str, epoch: str, send: str, token: str
+    ) -> int:
+        """1 to run it; negative to refuse this copy; see start.lua."""
+        return int(self._call("start", incarnation, slot, entry, epoch, send, token))
+
+    def settle(
+        self, incarnation: str, slot: int, entry: str, epoch: str, token: str,
+        outcome: str, *rest: object,
+    ) -> str:
+        """End a started task; see settle.lua."""
+        return _text(
+            self._call("settle", incarnation, slot, entry, epoch, token, outcome, *rest)
+        )
+
+    def discard(
+        self, incarnation: str, slot: int, entry: str, epoch: str, send: str, verdict: str,
+        reason: str = "",
+    ) -> bool:
+        """End a dispatched message that was never started; see discard.lua."""
+        return bool(
+            self._call("discard", incarnation, slot, entry, epoch, send, verdict, reason)
+        )
+
+    def lost(self, incarnation: str, slot: int, entry: str, epoch: str, state: str) -> str:
+        """What becomes of a task whose process is gone: settled, requeued or buried."""
+        return _text(self._call("lost", incarnation, slot, entry, epoch, state))
+
+    def finish(self, incarnation: str, slot: int, entry: str, epoch: str) -> bool:
+        """Note that the parent ended a running task, whose process still has to stop."""
+        return bool(self._call("finish", incarnation, slot, entry, epoch))
+
+    def process_up(self, incarnation: str, slot: int) -> bool:
+        """A slot has a new process."""
+        return bool(self._call("process_up", incarnation, slot))
+
+    def occupy(self, incarnation: str, slot: int | None, token: str) -> bool:
+        """An ordinary task begins in a slot."""
+        return bool(self._call("occupy", incarnation, "" if slot is None else slot, token))
+
+    def vacate(self, incarnation: str, token: str) -> bool:
+        """An ordinary task has ended."""
+        return bool(self._call("vacate", incarnation, token))

@@ -1,0 +1,66 @@
+"""The schedulers of an app's affinity queues, each in a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from celery_affinity.connection import connect
+from celery_affinity.delivery import Delivery
+from celery_affinity.doorbell import Doorbell
+from celery_affinity.intake import Intake, TagOf
+from celery_affinity.keys import Keys
+from celery_affinity.leadership import Elector, candidate_name
+from celery_affinity.rescuer import Rescuer
+from celery_affinity.scheduler import Scheduler
+from celery_affinity.scripts import Scripts
+from celery_affinity.settings import AffinityQueue, AffinitySettings
+
+__all__ = ("SchedulerService",)
+
+
+class SchedulerService:
+    """Campaigns for every affinity queue from `start` to `stop`."""
+
+    def __init__(
+        self, settings: AffinitySettings, url: str, delivery: Delivery, node: str, tag_of: TagOf
+    ) -> None:
+        self._settings = settings
+        self._url = url
+        self._delivery = delivery
+        self._node = node
+        self._tag_of = tag_of
+        self._running: list[tuple[Scheduler, threading.Thread]] = []
+
+    def start(self) -> None:
+        """Start a scheduler for each queue. Does not wait for Redis."""
+        for queue in self._settings.queues:
+            scheduler = self._scheduler(queue)
+            thread = threading.Thread(
+                target=scheduler.run, name=f"affinity-scheduler-{queue.name}", daemon=True
+            )
+            self._running.append((scheduler, thread))
+            thread.start()
+
+    def stop(self, seconds: float = 5.0) -> None:
+        """Resign from all terms, so that another node takes over at once."""
+        for scheduler, _ in self._running:
+            scheduler.stop()
+        for _, thread in self._running:
+            thread.join(seconds)
+        self._running.clear()
+
+    def _scheduler(self, queue: AffinityQueue) -> Scheduler:
+        client = connect(self._url)
+        scripts = Scripts(client, Keys(self._settings.namespace))
+        pending = self._delivery.pending_lists(queue.pending)
+        doorbells: Callable[[list[str]], Doorbell] = lambda lists: Doorbell(client, lists)  # noqa: E731
+        return Scheduler(
+            scripts,
+            queue,
+            Elector(scripts, queue.state, candidate_name(self._node), self._settings.leader_ttl),
+            Intake(scripts, queue.state, pending, self._tag_of),
+            Rescuer(scripts, queue.state, self._settings.heartbeat_timeout),
+            doorbells,
+            pending,
+        )

@@ -1,0 +1,215 @@
+"""Settings: frozen, validated, each with the place it came from."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from celery_affinity.exceptions import ConfigurationError
+from celery_affinity.types import Role
+
+__all__ = ("AffinityQueue", "AffinitySettings", "resolve")
+
+#: A name must survive in Redis keys, in AMQP (255 bytes) and inside a JSON string as it is.
+_BAD_IN_NAME = re.compile(r'[\x00-\x1f\x7f"\\]')
+
+Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+def _check_name(value: str | None) -> str | None:
+    if value is None:
+        return None
+    if not value or len(value.encode()) > 200 or _BAD_IN_NAME.search(value):
+        raise ValueError(
+            f"{value!r} cannot be a name: expected 1 to 200 bytes without control characters, "
+            "double quotes or backslashes"
+        )
+    return value
+
+
+def _explain(
+    model: type[BaseModel], what: str, error: ValidationError, origins: Mapping[str, str] | None = None
+) -> str:
+    lines = []
+    origins = origins or {}
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"]) or "settings"
+        top = str(problem["loc"][0]) if problem["loc"] else ""
+        known = ", ".join(sorted(model.model_fields))
+        hint = f" (known: {known})" if problem["type"] == "extra_forbidden" else ""
+        origin = f" from {origins[top]}" if top in origins else ""
+        lines.append(f"{name}{origin}: {problem['msg']}{hint}")
+    return f"{what} cannot be used:\n  " + "\n  ".join(lines)
+
+
+class AffinityQueue(BaseModel):
+    """One affinity queue: an isolated domain with its own pending queue, ledger and limits.
+
+    Arguments:
+        name: The Celery queue that producers send to and workers name in ``-Q``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    #: Tasks of one tag before the slot passes on, while another tag waits.
+    max_batch_size: Count = 10
+    #: Tasks of one tag that may run at once; a mapping gives single tags their own number,
+    #: its "default" the others'.
+    tag_concurrency: Count | dict[str, Count] = 1
+    #: Slots of a node that may serve this queue; None: all of its pool.
+    slots: Count | None = None
+    #: Starts after which a task whose process was lost each time is buried.
+    max_deliveries: Count = 3
+    #: The scheduler's longest sleep in seconds. Not a latency: arrivals wake it.
+    scheduler_interval: Seconds = 1.0
+    #: Tags of which the queue remembers the slot that had them last.
+    warm_tags: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] = 1000
+    #: Celery queue that producers publish to; default: the queue's name.
+    pending_queue_name: str | None = None
+    #: Worker queues are named "<prefix>.<node>.<incarnation>"; default: "<name>.worker".
+    worker_queue_prefix: str | None = None
+    #: Name of this queue's part of the ledger; default: the queue's name.
+    state_prefix: str | None = None
+
+    def __init__(self, name: str, **settings: Any) -> None:
+        try:
+            super().__init__(name=name, **settings)
+        except ValidationError as error:
+            raise ConfigurationError(_explain(AffinityQueue, f"AffinityQueue({name!r})", error)) from None
+
+    _names = field_validator(
+        "name", "pending_queue_name", "worker_queue_prefix", "state_prefix"
+    )(_check_name)
+
+    @property
+    def pending(self) -> str:
+        """The Celery queue that producers publish to."""
+        return self.pending_queue_name or self.name
+
+    @property
+    def state(self) -> str:
+        """The name under which the ledger keeps this queue."""
+        return self.state_prefix or self.name
+
+    @property
+    def default_concurrency(self) -> int:
+        """The concurrency of tags without one of their own."""
+        if isinstance(self.tag_concurrency, dict):
+            return self.tag_concurrency.get("default", 1)
+        return self.tag_concurrency
+
+    @property
+    def own_concurrencies(self) -> dict[str, int]:
+        """Tags with a concurrency of their own."""
+        if isinstance(self.tag_concurrency, dict):
+            return {tag: n for tag, n in self.tag_concurrency.items() if tag != "default"}
+        return {}
+
+
+class AffinitySettings(BaseModel):
+    """Settings of an app. All times are in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    queues: tuple[AffinityQueue, ...] = ()
+    #: Redis of the ledger; default: the broker's.
+    redis_url: str | None = None
+    #: Keeps apps on one Redis apart.
+    namespace: str = "default"
+    #: What a worker node does besides its ordinary queues.
+    role: Role = "both"
+    #: A leader that does not renew for so long is replaced.
+    leader_ttl: Seconds = 5.0
+    #: How often a worker reports.
+    heartbeat_interval: Seconds = 2.0
+    #: A worker that did not report for so long is lost, and what it held runs elsewhere.
+    heartbeat_timeout: Seconds = 10.0
+    #: On prefork, run all tasks of a lease in one pool process.
+    slot_is_process: bool = True
+
+    @field_validator("namespace")
+    @classmethod
+    def _check_namespace(cls, value: str) -> str:
+        _check_name(value)
+        if "{" in value or "}" in value:
+            raise ValueError(f"{value!r} must not contain braces: they would change the hash slot")
+        return value
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> AffinitySettings:
+        if self.heartbeat_timeout < 3 * self.heartbeat_interval:
+            raise ValueError(
+                f"heartbeat_timeout ({self.heartbeat_timeout:g} s) must be at least three times "
+                f"heartbeat_interval ({self.heartbeat_interval:g} s), or one late beat costs a "
+                "worker its leases: raise the former or lower the latter"
+            )
+        for what in ("name", "pending", "state"):
+            values = [getattr(queue, what) for queue in self.queues]
+            if twice := sorted({v for v in values if values.count(v) > 1}):
+                raise ValueError(f"two affinity queues share the {what} name {twice[0]!r}")
+        for queue in self.queues:
+            if queue.scheduler_interval > self.leader_ttl:
+                raise ValueError(
+                    f"scheduler_interval of {queue.name!r} ({queue.scheduler_interval:g} s) must "
+                    f"not exceed leader_ttl ({self.leader_ttl:g} s), or a leader sleeps its term away"
+                )
+        return self
+
+    def queue(self, name: str) -> AffinityQueue | None:
+        """The declared queue of that name, or None."""
+        return next((queue for queue in self.queues if queue.name == name), None)
+
+    @property
+    def queue_names(self) -> list[str]:
+        """Names of the declared queues."""
+        return [queue.name for queue in self.queues]
+
+
+def _queues_from_conf(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return tuple(AffinityQueue(name, **dict(options)) for name, options in value.items())
+
+
+def resolve(
+    conf: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    environ: Mapping[str, str] | None = None,
+) -> tuple[AffinitySettings, dict[str, str]]:
+    """Merge the sources: environment over arguments over ``app.conf`` over defaults.
+
+    Arguments:
+        conf: The app's ``affinity_*`` settings, without the prefix.
+        arguments: What ``Affinity(app, ...)`` was given.
+        environ: Environment; ``AFFINITY_<NAME>`` sets ``<name>``.
+
+    Returns:
+        The settings, and for each that is not a default where it came from.
+
+    Raises:
+        ConfigurationError: For unknown names, values out of range, contradictory times.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for source, found in (
+        ("app.conf.affinity_", conf),
+        ("Affinity(...) ", arguments),
+        ("AFFINITY_", {n: environ[f"AFFINITY_{n.upper()}"] for n in AffinitySettings.model_fields
+                       if n != "queues" and f"AFFINITY_{n.upper()}" in environ}),
+    ):
+        for name, value in found.items():
+            values[name] = _queues_from_conf(value) if name == "queues" else value
+            origins[name] = source + (name.upper() if source == "AFFINITY_" else name)
+    try:
+        return AffinitySettings(**values), origins
+    except ValidationError as error:
+        raise ConfigurationError(
+            _explain(AffinitySettings, "the settings of celery_affinity", error, origins)
+        ) from None

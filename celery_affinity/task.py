@@ -1,0 +1,198 @@
+"""`affinity_task`: a Celery task whose calls carry a tag."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
+
+from celery import shared_task
+
+from celery_affinity import context
+from celery_affinity.context import AffinityContext
+from celery_affinity.exceptions import TagError, UndeclaredQueueError
+from celery_affinity.message import TAG_HEADER, tag_text
+from celery_affinity.settings import AffinitySettings
+
+if TYPE_CHECKING:
+    from celery.app.task import Task
+
+__all__ = ("affinity_task", "derive_tag")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+TagFrom = str | Callable[..., object]
+
+
+class _Bound(Protocol):
+    """What an app's `Affinity` offers to its tasks."""
+
+    settings: AffinitySettings
+
+
+def _argument(task: Any, path: str, args: Any, kwargs: Any) -> object:
+    name, *rest = path.split(".")
+    signature = task.__dict__.get("affinity_signature")
+    if signature is None:
+        signature = task.affinity_signature = inspect.signature(task.run)
+    try:
+        bound = signature.bind_partial(*args, **kwargs)
+    except TypeError as error:
+        raise TagError(f"cannot derive the tag of task {task.name!r} from {path!r}: {error}") from None
+    bound.apply_defaults()
+    if name not in bound.arguments:
+        raise TagError(
+            f"task {task.name!r} takes its tag from argument {name!r}, which this call does not "
+            f"have (found: {', '.join(map(repr, bound.arguments)) or 'none'}). Pass it, or pass "
+            f"apply_async(..., identify_tag=...)"
+        )
+    value: Any = bound.arguments[name]
+    for part in rest:
+        try:
+            value = value[part] if isinstance(value, Mapping) else getattr(value, part)
+        except (KeyError, AttributeError):
+            raise TagError(
+                f"task {task.name!r} takes its tag from {path!r}, but {part!r} is not in "
+                f"{type(value).__name__}"
+            ) from None
+    return value
+
+
+def derive_tag(task: Any, args: Any, kwargs: Any) -> str:
+    """The tag of a call, from the task's `tag_from`.
+
+    Raises:
+        TagError: If the task has none, or what it yields cannot be a tag.
+    """
+    tag_from = getattr(task, "affinity_tag_from", None)
+    if tag_from is None:
+        raise TagError(
+            f"task {task.name!r} was called without a tag: pass apply_async(..., identify_tag=...) "
+            "or declare @affinity_task(tag_from=...)"
+        )
+    args, kwargs = args or (), kwargs or {}
+    found = (
+        tag_from(*args, **kwargs) if callable(tag_from) else _argument(task, tag_from, args, kwargs)
+    )
+    try:
+        return tag_text(found)
+    except TagError as error:
+        raise TagError(f"task {task.name!r}: {error}") from None
+
+
+def _tag_of_call(task: Any, args: Any, kwargs: Any, explicit: object, headers: Any) -> str:
+    if explicit is not None:
+        return tag_text(explicit)
+    if headers and headers.get(TAG_HEADER) is not None:
+        return tag_text(headers[TAG_HEADER])
+    return derive_tag(task, args, kwargs)
+
+
+def _affinity_of(task: Any) -> _Bound | None:
+    bound: _Bound | None = getattr(task._get_app(), "celery_affinity", None)
+    return bound
+
+
+def _pending_queue(task: Any, settings: AffinitySettings, args: Any, kwargs: Any, queue: Any) -> str:
+    """The Celery queue to publish to: the call's, the task's, the route's, or the only one."""
+    if queue is None:
+        queue = getattr(task, "queue", None)
+    if queue is None:
+        route = task._get_app().amqp.router.lookup_route(task.name, args, kwargs) or {}
+        queue = route.get("queue") if isinstance(route, Mapping) else route
+    if queue is None and len(settings.queues) == 1:
+        return settings.queues[0].pending
+    name = getattr(queue, "name", queue)
+    for declared in settings.queues:
+        if name in (declared.name, declared.pending):
+            return declared.pending
+    raise UndeclaredQueueError(task.name, str(name), settings.queue_names)
+
+
+# The following become attributes of the task's class, above the app's or the user's base.
+
+
+def _apply_async(
+    self: Any, args: Any = None, kwargs: Any = None, *positional: Any,
+    identify_tag: object = None, headers: Any = None, queue: Any = None, **options: Any,
+) -> Any:
+    tag = _tag_of_call(self, args, kwargs, identify_tag, headers)
+    options["headers"] = {**(headers or {}), TAG_HEADER: tag}
+    bound = _affinity_of(self)
+    addressed = options.get("routing_key") is not None and options.get("exchange") is not None
+    if bound is not None and not addressed and not self._get_app().conf.task_always_eager:
+        queue = _pending_queue(self, bound.settings, args, kwargs, queue)
+    if queue is not None:
+        options["queue"] = queue
+    return super(type(self), self).apply_async(args, kwargs, *positional, **options)
+
+
+def _apply(
+    self: Any, args: Any = None, kwargs: Any = None, *positional: Any,
+    identify_tag: object = None, headers: Any = None, **options: Any,
+) -> Any:
+    tag = _tag_of_call(self, args, kwargs, identify_tag, headers)
+    queue = getattr(self, "queue", None)
+    here = context.enter(
+        AffinityContext(tag, 0, 1, 1, str(getattr(queue, "name", queue) or ""), "eager", 0, 0, True)
+    )
+    try:
+        return super(type(self), self).apply(
+            args, kwargs, *positional, headers={**(headers or {}), TAG_HEADER: tag}, **options
+        )
+    finally:
+        context.leave(here)
+
+
+def _affinity(self: Any) -> AffinityContext | None:
+    """The lease under which this task runs; None outside of one."""
+    return context.current()
+
+
+def task_options(tag_from: TagFrom | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Celery's task options that make a task an affinity task."""
+    if tag_from is not None and not isinstance(tag_from, str) and not callable(tag_from):
+        raise TypeError(
+            f"tag_from is {tag_from!r}, expected an argument's name or a callable that is given "
+            "the call's arguments"
+        )
+    return {
+        **options,
+        "affinity_tag_from": staticmethod(tag_from) if callable(tag_from) else tag_from,
+        "apply_async": _apply_async,
+        "apply": _apply,
+        "affinity": property(_affinity),
+    }
+
+
+@overload
+def affinity_task(fun: Callable[P, R], /) -> Task[P, R]: ...
+@overload
+def affinity_task(
+    *, bind: Literal[True], queue: str | None = ..., tag_from: TagFrom | None = ..., **options: Any
+) -> Callable[[Callable[Concatenate[Any, P], R]], Task[P, R]]: ...
+@overload
+def affinity_task(
+    *, bind: Literal[False] = ..., queue: str | None = ..., tag_from: TagFrom | None = ...,
+    **options: Any,
+) -> Callable[[Callable[P, R]], Task[P, R]]: ...
+def affinity_task(
+    fun: Callable[..., Any] | None = None, /, *, tag_from: TagFrom | None = None, **options: Any
+) -> Any:
+    """Declare a task whose calls carry a tag. Like `celery.shared_task`, and with its options.
+
+    Arguments:
+        queue: An affinity queue. May be left out where ``task_routes`` names it, or where there
+            is only one.
+        tag_from: Where the tag of a call comes from: an argument's name, with a dotted path into
+            a model or dict (``"order.company_id"``), or a callable given the call's arguments.
+            ``apply_async(..., identify_tag=...)`` goes before it.
+
+    Raises:
+        TagError: When the task is called without a usable tag.
+        UndeclaredQueueError: When it is called and its queue is not an affinity queue.
+    """
+    made = shared_task(**task_options(tag_from, options))
+    return made(fun) if fun is not None else made
+
+
