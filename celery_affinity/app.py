@@ -108,11 +108,11 @@ class Affinity:
     # Declaring tasks
 
     def task(
-        self, fun: Callable[..., Any] | None = None, /, *, tag_from: TagFrom | None = None,
-        **options: Any,
+        self, fun: Callable[..., Any] | None = None, /, *, queue: Any = None,
+        tag_from: TagFrom | None = None, **options: Any,
     ) -> Any:
         """Declare an affinity task of this app; see `affinity_task`."""
-        made = self.app.task(**task_options(tag_from, options))
+        made = self.app.task(**task_options(tag_from, queue, options))
         return made(fun) if fun is not None else made
 
     # Reading the ledger
@@ -207,8 +207,7 @@ class Affinity:
         for task in self.app.tasks.values():
             if not hasattr(task, "affinity_tag_from"):
                 continue
-            queue = getattr(task, "queue", None)
-            name = getattr(queue, "name", queue)
+            name = getattr(task.affinity_queue, "name", task.affinity_queue)
             if name is not None and not any(name in (q.name, q.pending) for q in self.settings.queues):
                 raise UndeclaredQueueError(task.name, str(name), self.settings.queue_names)
 

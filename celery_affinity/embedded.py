@@ -25,7 +25,7 @@ from redis import Redis
 from celery_affinity.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 __all__ = ("Server", "die_with_parent", "find_binary", "start_server")
 
@@ -116,8 +116,8 @@ class Server:
         self.binary = binary
         self.directory = directory
         self.port = _free_port() if port is None else port
-        #: Until the first start has a free port, any will do; afterwards clients know it.
-        self._port_is_fixed = port is not None
+        self._any_port = port is None
+        self._has_started = False
         self._arguments = tuple(arguments)
         self._own_directory = own_directory
         self._process: subprocess.Popen[bytes] | None = None
@@ -149,28 +149,15 @@ class Server:
         return Redis(host=_HOST, port=self.port, db=db)
 
     def start(self) -> None:
-        """Start the process and wait until it answers; again until the port is free.
+        """Start the process and wait until it answers.
 
         Raises:
-            ConfigurationError: If it does not answer within 10 s.
+            ConfigurationError: If it ends or does not answer within 10 s.
         """
         deadline = time.monotonic() + _START_SECONDS
-        while True:
-            self._spawn()
-            while self.pid is not None:
-                if self._answers():
-                    self._port_is_fixed = True
-                    return
-                if time.monotonic() > deadline:
-                    self.kill()
-                    raise ConfigurationError(self._failure(f"did not answer in {_START_SECONDS:g} s"))
-                time.sleep(_POLL_SECONDS)
-            if time.monotonic() > deadline or not self._lost_port():
+        while not self._start_once(deadline):
+            if time.monotonic() > deadline or not self._may_try_again():
                 raise ConfigurationError(self._failure("ended while it started"))
-            if self._port_is_fixed:
-                time.sleep(0.05)
-            else:
-                self.port = _free_port()
 
     def kill(self) -> None:
         """SIGKILL it, as a crash would."""
@@ -206,6 +193,31 @@ class Server:
         if self._own_directory:
             shutil.rmtree(self.directory, ignore_errors=True)
 
+    def _start_once(self, deadline: float) -> bool:
+        """Whether a new process answers; False if it ended."""
+        self._spawn()
+        while self.pid is not None:
+            if self._answers():
+                self._has_started = True
+                return True
+            if time.monotonic() > deadline:
+                self.kill()
+                raise ConfigurationError(self._failure(f"did not answer in {_START_SECONDS:g} s"))
+            time.sleep(_POLL_SECONDS)
+        return False
+
+    def _may_try_again(self) -> bool:
+        """Whether it ended only because its port was taken, and the next try may fare better."""
+        if "Address already in use" not in self._log_tail():
+            return False
+        if self._has_started:
+            time.sleep(0.05)  # somebody's outgoing connection may have it for a moment
+        elif self._any_port:
+            self.port = _free_port()
+        else:
+            return False
+        return True
+
     def _spawn(self) -> None:
         command = [
             str(self.binary), "--bind", _HOST, "--port", str(self.port), "--dir",
@@ -238,9 +250,6 @@ class Server:
     def _log_tail(self) -> str:
         text = (self.directory / "server.log").read_text(errors="replace")
         return "\n".join(text.splitlines()[-10:])
-
-    def _lost_port(self) -> bool:
-        return "Address already in use" in self._log_tail()
 
     def _failure(self, what: str) -> str:
         return f"{self.binary} on port {self.port} {what}. Its log ends:\n{self._log_tail()}"

@@ -73,7 +73,7 @@ class Node:
     @property
     def slots(self) -> int:
         """Slots of this node: the size of its pool."""
-        return int(self._worker.max_concurrency or self._worker.concurrency)
+        return int(self._worker.max_concurrency or self._worker.pool.num_processes)
 
     def _announcement(self) -> dict[str, Any]:
         single = self.slots == 1 and self._worker.pool_cls.__module__.endswith(".prefork")

@@ -71,10 +71,10 @@ class Reporter:
         self.held.flushed()
         self._beat(self._scripts, 0)
 
-    def drain(self) -> None:
+    def drain(self, scripts: Scripts | None = None) -> None:
         """Take no more work; give back what has not started. Repeats change nothing."""
         try:
-            back = self._scripts.drain(self._incarnation)
+            back = (scripts or self._scripts).drain(self._incarnation)
         except RedisError as error:
             logger.warning("Could not drain: %s", error, extra={"action": "drain_failed"})
             return
@@ -144,7 +144,7 @@ class Reporter:
                 return
             try:
                 if self._draining and not self._drained:
-                    self.drain()
+                    self.drain(scripts)
                 while self._to_vacate:
                     scripts.vacate(self._incarnation, f"slot:{self._to_vacate.popleft()}")
                 self._beat(scripts, GRACE_MS)

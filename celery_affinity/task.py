@@ -96,7 +96,7 @@ def _affinity_of(task: Any) -> _Bound | None:
 def _pending_queue(task: Any, settings: AffinitySettings, args: Any, kwargs: Any, queue: Any) -> str:
     """The Celery queue to publish to: the call's, the task's, the route's, or the only one."""
     if queue is None:
-        queue = getattr(task, "queue", None)
+        queue = task.affinity_queue
     if queue is None:
         route = task._get_app().amqp.router.lookup_route(task.name, args, kwargs) or {}
         queue = route.get("queue") if isinstance(route, Mapping) else route
@@ -132,10 +132,8 @@ def _apply(
     identify_tag: object = None, headers: Any = None, **options: Any,
 ) -> Any:
     tag = _tag_of_call(self, args, kwargs, identify_tag, headers)
-    queue = getattr(self, "queue", None)
-    here = context.enter(
-        AffinityContext(tag, 0, 1, 1, str(getattr(queue, "name", queue) or ""), "eager", 0, 0, True)
-    )
+    queue = str(getattr(self.affinity_queue, "name", self.affinity_queue) or "")
+    here = context.enter(AffinityContext(tag, 0, 1, 1, queue, "eager", 0, 0, True))
     try:
         return super(type(self), self).apply(
             args, kwargs, *positional, headers={**(headers or {}), TAG_HEADER: tag}, **options
@@ -149,7 +147,7 @@ def _affinity(self: Any) -> AffinityContext | None:
     return context.current()
 
 
-def task_options(tag_from: TagFrom | None, options: dict[str, Any]) -> dict[str, Any]:
+def task_options(tag_from: TagFrom | None, queue: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Celery's task options that make a task an affinity task."""
     if tag_from is not None and not isinstance(tag_from, str) and not callable(tag_from):
         raise TypeError(
@@ -158,6 +156,8 @@ def task_options(tag_from: TagFrom | None, options: dict[str, Any]) -> dict[str,
         )
     return {
         **options,
+        # Not Celery's own attribute: 5.7 warns that `queue` on a task goes away.
+        "affinity_queue": queue,
         "affinity_tag_from": staticmethod(tag_from) if callable(tag_from) else tag_from,
         "apply_async": _apply_async,
         "apply": _apply,
@@ -177,7 +177,8 @@ def affinity_task(
     **options: Any,
 ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 def affinity_task(
-    fun: Callable[..., Any] | None = None, /, *, tag_from: TagFrom | None = None, **options: Any
+    fun: Callable[..., Any] | None = None, /, *, queue: Any = None, tag_from: TagFrom | None = None,
+    **options: Any,
 ) -> Any:
     """Declare a task whose calls carry a tag. Like `celery.shared_task`, and with its options.
 
@@ -192,7 +193,7 @@ def affinity_task(
         TagError: When the task is called without a usable tag.
         UndeclaredQueueError: When it is called and its queue is not an affinity queue.
     """
-    made = shared_task(**task_options(tag_from, options))
+    made = shared_task(**task_options(tag_from, queue, options))
     return made(fun) if fun is not None else made
 
 

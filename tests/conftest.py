@@ -1,0 +1,91 @@
+"""Servers and clusters of real processes for the tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from harness import BROKER_VARIABLE, Cluster
+from history import HISTORY_VARIABLE
+
+from celery_affinity.embedded import Server, find_binary, start_server
+from celery_affinity.exceptions import ConfigurationError
+
+_clusters = pytest.StashKey[list[Cluster]]()
+
+
+@pytest.fixture(scope="session")
+def server_binary() -> Path:
+    """A server's binary: without one, tests are skipped at home and fail in CI."""
+    try:
+        return find_binary()
+    except ConfigurationError as error:
+        if os.environ.get("CI"):
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def server(server_binary: Path) -> Iterator[Server]:
+    """A server of the test's own, which it may kill, pause and restart."""
+    with start_server() as running:
+        yield running
+
+
+@pytest.fixture
+def aof_server(server_binary: Path) -> Iterator[Server]:
+    """A server of the test's own that loses no write when it is killed."""
+    with start_server(aof=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def shared_server(server_binary: Path) -> Iterator[Server]:
+    """One server for many tests, which keep apart by `namespace` and do it no harm."""
+    with start_server() as running:
+        yield running
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A name that no other test uses."""
+    return f"test-{uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def history_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the test's tasks record what they do; `record` in the test itself goes there too."""
+    path = tmp_path / "history.jsonl"
+    monkeypatch.setenv(HISTORY_VARIABLE, str(path))
+    return path
+
+
+@pytest.fixture
+def cluster(
+    server: Server, tmp_path: Path, history_path: Path, request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Cluster]:
+    """Starts nodes on `server`; all their processes are gone when the test is over."""
+    monkeypatch.setenv(BROKER_VARIABLE, server.url())
+    nodes = Cluster(server.url(), tmp_path, history_path)
+    request.node.stash.setdefault(_clusters, []).append(nodes)
+    try:
+        yield nodes
+    finally:
+        nodes.destroy()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Iterator[None]:
+    """Show the end of every node's log with a failure."""
+    report: pytest.TestReport = yield  # type: ignore[assignment]
+    if report.failed:
+        for nodes in item.stash.get(_clusters, []):
+            for node in nodes.nodes:
+                report.sections.append((f"log of {node!r}", node.log_tail()))
+    return report  # type: ignore[return-value]
