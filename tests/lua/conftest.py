@@ -1,0 +1,145 @@
+"""A scripted ledger: the real scripts on a real server, with nodes and messages made by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from celery_affinity.embedded import Server
+from celery_affinity.intake import Intake, no_tag
+from celery_affinity.keys import Keys
+from celery_affinity.message import STAMP_HEADER, Stamp, envelope
+from celery_affinity.scripts import Scripts
+
+
+@dataclass
+class Bench:
+    """One affinity queue, "q", of one namespace."""
+
+    client: Redis
+    scripts: Scripts
+    fence: str = ""
+    tokens: Iterator[int] = field(default_factory=count)
+
+    @property
+    def pending(self) -> str:
+        return self.scripts.keys.prefix + "pending"
+
+    def lead(self, batch: int = 10, concurrency: int = 1, own: dict[str, int] | None = None,
+             candidate: str = "leader/1", deliveries: int = 3, warm: int = 100) -> None:
+        term, _ = self.scripts.claim("q", candidate, 60_000)
+        assert term
+        self.fence = f"{candidate} {term}"
+        self.scripts.configure("q", self.fence, (batch, concurrency, deliveries, warm), own or {})
+
+    def node(self, name: str, slots: int = 1, depth: int = 1, timeout_ms: int = 60_000) -> Node:
+        node = Node(self, name, f"{self.scripts.keys.prefix}wq-{name}")
+        self.scripts.register(
+            name, name=f"{name}@test", depth=depth, slots=slots, queues=[("q", slots, node.list)],
+            junk=[node.list], role="worker", timeout_ms=timeout_ms,
+        )
+        return node
+
+    def send(self, tag: object, *ids: object, eta: str | None = None) -> None:
+        for one in ids:
+            headers = {"id": f"{tag}-{one}", "task": "t", "identify_tag": tag, "eta": eta}
+            self.push(envelope([[], {}, {}], headers, {}, serializer="json", compression=None,
+                               routing_key="q"))
+
+    def push(self, raw: str | bytes) -> None:
+        self.client.lpush(self.pending, raw)
+
+    def admit(self) -> tuple[int, bool]:
+        return Intake(self.scripts, "q", [self.pending], no_tag).run(self.fence)
+
+    def admit_all(self) -> None:
+        while self.admit()[1]:
+            pass
+
+    def backlog(self, tag: str) -> list[int]:
+        return [int(e) for e in self.client.lrange(self.scripts.keys.backlog("q", tag), 0, -1)]
+
+    def queue_key(self, name: str) -> str:
+        return self.scripts.keys.queue("q", name)
+
+    def dead(self) -> list[dict[str, Any]]:
+        return [json.loads(v) for v in self.client.hvals(self.queue_key("dead"))]
+
+
+@dataclass
+class Copy:
+    """A dispatched message as a node received it."""
+
+    node: Node
+    stamp: Stamp
+    id: str
+    tag: str
+    token: str = ""
+
+    def start(self, token: str | None = None, send: str | None = None,
+              epoch: str | None = None) -> int:
+        s = self.stamp
+        self.token = token or f"token-{next(self.node.bench.tokens)}"
+        return self.node.bench.scripts.start(
+            s.incarnation, s.slot, s.entry, epoch or s.epoch, send or s.send, self.token
+        )
+
+    def settle(self, outcome: str = "done", *retries: object, token: str | None = None) -> str:
+        s = self.stamp
+        return self.node.bench.scripts.settle(
+            s.incarnation, s.slot, s.entry, s.epoch, token or self.token, outcome, *retries
+        )
+
+    def run(self) -> str:
+        assert self.start() == 1
+        return self.settle()
+
+
+@dataclass
+class Node:
+    """A registered node whose messages a test takes by hand."""
+
+    bench: Bench
+    name: str
+    list: str
+
+    def receive(self) -> Copy | None:
+        raw = self.bench.client.rpop(self.list)
+        if raw is None:
+            return None
+        headers = json.loads(raw)["headers"]
+        stamp = Stamp.parse(headers[STAMP_HEADER])
+        assert stamp is not None
+        return Copy(self, stamp, headers["id"], str(headers["identify_tag"]))
+
+    def take(self) -> Copy:
+        copy = self.receive()
+        assert copy is not None, "nothing was dispatched to this node"
+        return copy
+
+    def drain_all(self) -> list[str]:
+        """Run whatever is dispatched until nothing is; returns the ids in order."""
+        ran = []
+        while copy := self.receive():
+            copy.run()
+            ran.append(copy.id)
+        return ran
+
+    def beat(self, number: int, held: list[Copy] = [], grace_ms: int = 0) -> tuple[bool, int, int]:  # noqa: B006
+        return self.bench.scripts.heartbeat(
+            self.name, str(number), grace_ms, [copy.stamp.held for copy in held]
+        )
+
+
+@pytest.fixture
+def bench(shared_server: Server, namespace: str) -> Iterator[Bench]:
+    client = shared_server.client()
+    yield Bench(client, Scripts(client, Keys(namespace)))
+    for key in client.scan_iter(match="{affinity:" + namespace + "}*", count=1000):
+        client.delete(key)

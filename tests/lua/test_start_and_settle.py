@@ -1,0 +1,198 @@
+"""Laws of start and settle: one copy runs, in order, and says once that it has ended."""
+
+from __future__ import annotations
+
+from .conftest import Bench
+
+
+def test_a_started_entry_refuses_a_second_token(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", 1)
+    bench.admit()
+    copy = node.take()
+    assert copy.start("one") == 1
+    assert copy.start("two") == -3
+
+
+def test_a_repeated_start_gets_the_same_answer(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", 1)
+    bench.admit()
+    copy = node.take()
+    assert [copy.start("one") for _ in range(3)] == [1, 1, 1]
+    assert copy.settle() == "empty"
+
+
+def test_a_stale_epoch_or_send_number_is_refused(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", 1)
+    bench.admit()
+    copy = node.take()
+    assert copy.start(epoch="1") == -1
+    assert copy.start(send="0") == -2
+    assert copy.start() == 1
+
+
+def test_a_refused_copy_changes_nothing(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", 1, 2)
+    bench.admit()
+    copy = node.take()
+    copy.start("one")
+    before = _state(bench)
+    assert copy.start("two") == -3
+    assert copy.settle(token="two") == "stale"
+    assert _state(bench) == before
+    assert copy.settle(token="one") == "held"
+
+
+def test_a_repeated_settle_gets_the_same_answer_and_counts_once(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", 1, 2)
+    bench.admit()
+    first = node.take()
+    first.start()
+    assert [first.settle() for _ in range(3)] == ["held"] * 3
+    assert node.take().id == "a-2"
+    assert node.receive() is None
+    assert bench.client.hget(bench.queue_key("c"), "settled") == b"1"
+
+
+def test_settle_hands_the_slot_its_next_message(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", *range(5))
+    bench.admit()
+    assert node.drain_all() == [f"a-{n}" for n in range(5)]
+
+
+def test_the_second_message_of_a_lease_cannot_start_before_the_first_is_settled(
+    bench: Bench,
+) -> None:
+    bench.lead()
+    node = bench.node("n", depth=2)
+    bench.send("a", 1, 2, 3)
+    bench.admit()
+    first, second = node.take(), node.take()
+    assert second.start() == -4
+    assert first.start() == 1
+    assert first.settle() == "held"
+    again = node.take()
+    assert (again.id, again.start()) == ("a-2", 1), "the refused one comes again, before a-3"
+
+
+def test_a_retry_is_part_of_settle_and_goes_to_the_back(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", 1, 2)
+    bench.admit()
+    copy = node.take()
+    copy.start()
+    raw = bench.client.hget(bench.queue_key("m"), copy.stamp.entry)
+    assert copy.settle("done", raw, "") == "held"
+    assert node.drain_all() == ["a-2", "a-1"]
+
+
+def test_a_rejected_message_goes_to_the_back(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", 1, 2)
+    bench.admit()
+    copy = node.take()
+    copy.start()
+    copy.settle("again")
+    assert node.drain_all() == ["a-2", "a-1"]
+
+
+def test_a_retry_with_a_due_time_waits_outside_the_backlog(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", 1)
+    bench.admit()
+    copy = node.take()
+    copy.start()
+    raw = bench.client.hget(bench.queue_key("m"), copy.stamp.entry)
+    seconds, _ = bench.client.time()
+    assert copy.settle("done", raw, (seconds + 600) * 1000) == "empty"
+    assert bench.client.zcard(bench.queue_key("eta")) == 1
+    assert bench.client.llen(bench.queue_key("wake")) == 1, "the leader must learn of it"
+    assert node.receive() is None
+
+
+def test_a_discarded_message_frees_its_slot_for_the_next(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", 1, 2)
+    bench.admit()
+    s = node.take().stamp
+    args = (s.incarnation, s.slot, s.entry, s.epoch, s.send)
+    assert bench.scripts.discard(*args, "bury", "unknown task")
+    assert not bench.scripts.discard(*args, "bury", "unknown task")
+    assert [d["reason"] for d in bench.dead()] == ["unknown task"]
+    assert node.drain_all() == ["a-2"]
+
+
+def test_a_started_message_cannot_be_discarded(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", 1)
+    bench.admit()
+    copy = node.take()
+    copy.start()
+    s = copy.stamp
+    assert not bench.scripts.discard(s.incarnation, s.slot, s.entry, s.epoch, s.send, "settle")
+    assert copy.settle() == "empty"
+
+
+def test_an_entry_whose_process_is_lost_too_often_is_buried_and_its_tag_goes_on(
+    bench: Bench,
+) -> None:
+    bench.lead(deliveries=2)
+    node = bench.node("n")
+    bench.send("a", 1, 2)
+    bench.admit()
+    verdicts = []
+    for _ in range(2):
+        copy = node.take()
+        assert copy.id == "a-1"
+        copy.start()
+        s = copy.stamp
+        verdicts.append(bench.scripts.lost(s.incarnation, s.slot, s.entry, s.epoch, "q"))
+    assert verdicts == ["requeued", "buried"]
+    assert node.drain_all() == ["a-2"]
+
+
+def test_a_lost_process_whose_task_had_settled_changes_nothing(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", 1)
+    bench.admit()
+    copy = node.take()
+    copy.run()
+    s = copy.stamp
+    assert bench.scripts.lost(s.incarnation, s.slot, s.entry, s.epoch, "q") == "settled"
+    assert node.receive() is None
+
+
+def test_a_task_that_its_parent_ended_settles_when_its_process_is_replaced(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", 1, 2)
+    bench.admit()
+    copy = node.take()
+    copy.start()
+    s = copy.stamp
+    assert bench.scripts.finish(s.incarnation, s.slot, s.entry, s.epoch)
+    assert node.receive() is None, "the tag is not released on the parent's word"
+    assert bench.scripts.process_up(s.incarnation, s.slot)
+    assert node.drain_all() == ["a-2"]
+
+
+def _state(bench: Bench) -> dict[bytes, object]:
+    prefix = bench.scripts.keys.prefix
+    return {k: bench.client.dump(k) for k in bench.client.scan_iter(match=f"{prefix}*")}
