@@ -1,4 +1,4 @@
-"""Sticky affinity routing for Celery: one worker per tag at a time, in order, in batches, fairly."""
+"""Sticky affinity routing for Celery: a tag has one worker at a time, in order, in batches."""
 
 from celery_affinity.app import Affinity
 from celery_affinity.context import AffinityContext, current

@@ -108,8 +108,13 @@ class Affinity:
     # Declaring tasks
 
     def task(
-        self, fun: Callable[..., Any] | None = None, /, *, queue: Any = None,
-        tag_from: TagFrom | None = None, **options: Any,
+        self,
+        fun: Callable[..., Any] | None = None,
+        /,
+        *,
+        queue: Any = None,
+        tag_from: TagFrom | None = None,
+        **options: Any,
     ) -> Any:
         """Declare an affinity task of this app; see `affinity_task`."""
         made = self.app.task(**task_options(tag_from, queue, options))
@@ -174,8 +179,11 @@ class Affinity:
         """Settings that are not defaults, each with its origin, a line each."""
         values = self.settings.model_dump()
         lines = [f".> queues:      {', '.join(self.settings.queue_names) or '(none)'}"]
-        lines += [f".> {name}: {values[name]} ({origin})"
-                  for name, origin in self.origins.items() if name not in ("queues", "redis_url")]
+        lines += [
+            f".> {name}: {values[name]} ({origin})"
+            for name, origin in self.origins.items()
+            if name not in ("queues", "redis_url")
+        ]
         return "\n".join(lines)
 
     # The worker's hooks (wired by bootstep.py)
@@ -194,7 +202,8 @@ class Affinity:
         known = list(self.app.amqp.queues) if selected is None else selected
         self._check_tasks()
         serves = [
-            queue for queue in self.settings.queues
+            queue
+            for queue in self.settings.queues
             if selected is None or queue.name in selected or queue.pending in selected
         ]
         if not serves or self.settings.role == "scheduler":
@@ -207,8 +216,10 @@ class Affinity:
         for task in self.app.tasks.values():
             if not hasattr(task, "affinity_tag_from"):
                 continue
-            name = getattr(task.affinity_queue, "name", task.affinity_queue)
-            if name is not None and not any(name in (q.name, q.pending) for q in self.settings.queues):
+            queue = getattr(task, "affinity_queue", None)
+            name = getattr(queue, "name", queue)
+            declared = {n for q in self.settings.queues for n in (q.name, q.pending)}
+            if name is not None and name not in declared:
                 raise UndeclaredQueueError(task.name, str(name), self.settings.queue_names)
 
     def raise_startup_error(self) -> None:
@@ -259,5 +270,5 @@ def _affinity_conf(conf: Any) -> dict[str, Any]:
     for name in names:
         for prefix in ("affinity_", "celery_affinity_"):
             if name.startswith(prefix):
-                found[name[len(prefix):]] = conf.get(name[name.index("affinity_"):])
+                found[name[len(prefix) :]] = conf.get(name[name.index("affinity_") :])
     return {name: value for name, value in found.items() if value is not None}

@@ -73,7 +73,8 @@ def check_server(client: Redis, logger: logging.Logger) -> None:
     if policy != "noeviction":
         logger.warning(
             "The ledger's Redis has maxmemory-policy %s; set noeviction, so that a full memory "
-            "refuses tasks instead of dropping state.", policy,
+            "refuses tasks instead of dropping state.",
+            policy,
             extra={"action": "redis_check", "maxmemory_policy": policy},
         )
     if not _is_persistent(client, info):

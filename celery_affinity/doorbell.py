@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Sequence
+from typing import Any
 
 from redis import Redis
-from redis.connection import Connection
 
 __all__ = ("Doorbell",)
 
@@ -25,7 +25,7 @@ class Doorbell:
     def __init__(self, client: Redis, lists: Sequence[str]) -> None:
         self._pool = client.connection_pool
         self._lists = list(lists)
-        self._armed: dict[str, Connection] = {}
+        self._armed: dict[str, Any] = {}
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
 
@@ -46,7 +46,7 @@ class Doorbell:
             for key in self._lists:
                 if key not in self._armed:
                     self._arm(key)
-            sockets = {conn._sock: key for key, conn in self._armed.items()}  # noqa: SLF001
+            sockets = {conn._sock: key for key, conn in self._armed.items()}
             ready, _, _ = select.select([*sockets, self._reader], [], [], max(0.0, seconds))
             for one in ready:
                 if one == self._reader:
@@ -65,7 +65,7 @@ class Doorbell:
             os.close(end)
 
     def _arm(self, key: str) -> None:
-        connection = self._pool.get_connection()
+        connection: Any = self._pool.get_connection()
         self._armed[key] = connection
         # Bounded on the server, so that a connection whose client vanished frees itself.
         connection.send_command("BLMOVE", key, key, "RIGHT", "RIGHT", 60)

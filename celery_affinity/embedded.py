@@ -110,8 +110,13 @@ class Server:
     """
 
     def __init__(
-        self, binary: Path, directory: Path, port: int | None, arguments: Sequence[str] = (),
-        *, own_directory: bool = False,
+        self,
+        binary: Path,
+        directory: Path,
+        port: int | None,
+        arguments: Sequence[str] = (),
+        *,
+        own_directory: bool = False,
     ) -> None:
         self.binary = binary
         self.directory = directory
@@ -130,7 +135,9 @@ class Server:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
         self.close()
@@ -220,14 +227,28 @@ class Server:
 
     def _spawn(self) -> None:
         command = [
-            str(self.binary), "--bind", _HOST, "--port", str(self.port), "--dir",
-            str(self.directory), "--save", "", "--daemonize", "no", *self._arguments,
+            str(self.binary),
+            "--bind",
+            _HOST,
+            "--port",
+            str(self.port),
+            "--dir",
+            str(self.directory),
+            "--save",
+            "",
+            "--daemonize",
+            "no",
+            *self._arguments,
         ]
         with (self.directory / "server.log").open("wb") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
                 # Ctrl-C is for the program that uses the server, which then stops it last.
-                start_new_session=True, preexec_fn=die_with_parent(),  # noqa: PLW1509 - one prctl call
+                start_new_session=True,
+                preexec_fn=die_with_parent(),
             )
 
     def _answers(self) -> bool:
@@ -286,7 +307,11 @@ def start_server(
     directory = url_dir or Path(tempfile.mkdtemp(prefix="celery-affinity-"))
     directory.mkdir(parents=True, exist_ok=True)
     server = Server(
-        binary, directory.resolve(), port, (*persistence, *extra_args), own_directory=url_dir is None,
+        binary,
+        directory.resolve(),
+        port,
+        (*persistence, *extra_args),
+        own_directory=url_dir is None,
     )
     try:
         server.start()

@@ -8,10 +8,10 @@ __all__ = ("tag_acquired", "tag_released")
 
 #: A process is about to run the first task of a lease.
 #: Sender: the queue's name. Arguments: ``tag``, ``epoch``, ``queue``.
-tag_acquired = Signal(name="tag_acquired", providing_args={"tag", "epoch", "queue"})
+tag_acquired = Signal(name="tag_acquired", providing_args=["tag", "epoch", "queue"])
 
 #: A process has run the last task of a lease.
 #: Sender: the queue's name. Arguments: ``tag``, ``epoch``, ``queue``, ``reason``: "empty" (no more
 #: work), "batch" (another tag's turn), "drained" (the worker stops), "lost" (taken away while
 #: the process was cut off).
-tag_released = Signal(name="tag_released", providing_args={"tag", "epoch", "queue", "reason"})
+tag_released = Signal(name="tag_released", providing_args=["tag", "epoch", "queue", "reason"])

@@ -26,7 +26,7 @@ class AffinityError(Exception):
     """Base of all errors of this package."""
 
 
-class ConfigurationError(AffinityError, ImproperlyConfigured):  # type: ignore[misc]
+class ConfigurationError(AffinityError, ImproperlyConfigured):
     """Settings, Redis or queues that the system cannot run with."""
 
 

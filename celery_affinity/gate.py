@@ -118,7 +118,9 @@ class Gate:
 
         return gated
 
-    def _ordinary_task(self, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Any) -> Any:
+    def _ordinary_task(
+        self, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Any
+    ) -> Any:
         if not self._ordinary or not request or request.get("is_eager"):
             return tracer(uuid, args, kwargs, request)
         token = self._token()
@@ -139,7 +141,9 @@ class Gate:
         )
         if answer != 1:
             logger.debug(
-                "Refused a copy of task %s (%s).", uuid, answer,
+                "Refused a copy of task %s (%s).",
+                uuid,
+                answer,
                 extra={"action": "refuse", "task_id": uuid, "code": answer},
             )
             return self._refusal(REFUSED)
@@ -147,8 +151,16 @@ class Gate:
         queue = self._queue_names.get(stamp.state, stamp.state)
         self._acquire(stamp, queue, tag)
         here = context.enter(
-            AffinityContext(tag, int(stamp.epoch), stamp.place, stamp.attempt, queue, self._node,
-                            stamp.slot, int(stamp.entry))
+            AffinityContext(
+                tag,
+                int(stamp.epoch),
+                stamp.place,
+                stamp.attempt,
+                queue,
+                self._node,
+                stamp.slot,
+                int(stamp.entry),
+            )
         )
         running = _run.set(run)
         outcome = "done"
@@ -170,19 +182,26 @@ class Gate:
     def _settle(self, run: Run, queue: str, tag: str, outcome: str) -> None:
         stamp = run.stamp
         retries = [
-            part for message, eta in run.retry_messages
+            part
+            for message, eta in run.retry_messages
             for part in (message, "" if eta is None else eta)
         ]
         answer = self._patiently(
             lambda: self._scripts.settle(
-                stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, run.token, outcome,
+                stamp.incarnation,
+                stamp.slot,
+                stamp.entry,
+                stamp.epoch,
+                run.token,
+                outcome,
                 *retries,
             )
         )
         if answer == "stale":
             logger.warning(
                 "Task %s ended after its lease on tag %r was taken away; it runs again elsewhere.",
-                run.task_id, tag,
+                run.task_id,
+                tag,
                 extra={"action": "settle_refused", "task_id": run.task_id, "epoch": stamp.epoch},
             )
             answer = "lost"
@@ -236,7 +255,9 @@ class Gate:
         else:
             logger.warning(
                 "The ledger does not answer (%s); thread %s waits.",
-                error, threading.current_thread().name, extra={"action": "redis_gone"},
+                error,
+                threading.current_thread().name,
+                extra={"action": "redis_gone"},
             )
 
 

@@ -37,9 +37,7 @@ class Intake:
     #: Messages that one script moves at most: about 10 ms of Redis.
     BATCH = 200
 
-    def __init__(
-        self, scripts: Scripts, state: str, lists: Sequence[str], tag_of: TagOf
-    ) -> None:
+    def __init__(self, scripts: Scripts, state: str, lists: Sequence[str], tag_of: TagOf) -> None:
         self._scripts = scripts
         self._state = state
         self._lists = list(lists)
@@ -47,9 +45,7 @@ class Intake:
 
     def run(self, fence: str) -> tuple[int, bool]:
         """One pass. Returns (admitted, or -1 if not the leader any more; more is waiting)."""
-        admitted, more, stop, raw = self._scripts.admit(
-            self._state, fence, self._lists, self.BATCH
-        )
+        admitted, more, stop, raw = self._scripts.admit(self._state, fence, self._lists, self.BATCH)
         if not stop:
             return admitted, more
         answer = self._scripts.resolve(
@@ -67,7 +63,9 @@ class Intake:
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"[:1000]
             logger.warning(
-                "Buried a message of the pending queue of %r: %s", self._state, reason,
+                "Buried a message of the pending queue of %r: %s",
+                self._state,
+                reason,
                 extra={"action": "bury", "queue": self._state, "reason": reason},
             )
             return "bury", reason.encode("utf-8", "replace"), tag

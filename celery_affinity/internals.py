@@ -1,12 +1,16 @@
 """The one module that touches Celery's internals.
 
-| touch | checked on | probe | fallback |
-| --- | --- | --- | --- |
-| `task.__trace__` is replaced by the gated tracer | celery 5.4-5.7 | wrap_tracers | refuses to start |
-| `amqp.send_task_message` is wrapped to catch own retries | celery 5.4-5.7 | signature | retries are published |
-| `amqp.queues._consume_from` decides what a worker consumes | celery 5.4-5.7 | attribute | refuses to start |
-| `AsynPool._create_write_handlers`, `outbound_buffer`, `on_job_ready`, ... | celery 5.4-5.7 | slots_are_processes | stock pool |
-| `WorkController._process_task` past the semaphore | celery 5.4-5.7 | attribute | with the semaphore |
+Each touch, the probe that meets a Celery that differs, and what happens then:
+
+- `task.__trace__` is replaced by the gated tracer: `wrap_tracers`; the worker does not start.
+- `amqp.send_task_message` is wrapped to catch own retries: `settle_own_retries`; a warning, and
+  retries are published to the pending queue.
+- `amqp.queues._consume_from` says what a worker consumes: `selected_queues`; no start.
+- `AsynPool._create_write_handlers`, `outbound_buffer`, `on_job_ready`, `_busy_workers` and their
+  like: `slots_are_processes`; a warning, and the stock pool.
+
+(request.py builds on `Task.Request`, `create_request_cls` and the consumer's strategies.)
+Checked on celery CHECKED_ON.
 """
 
 from __future__ import annotations
@@ -90,13 +94,17 @@ class _RetryCatcher:
         if headers.get("id") != self._run.task_id or "task" not in headers:
             return self._producer.publish(body, **options)
         properties = {
-            name: value for name, value in options.items()
+            name: value
+            for name, value in options.items()
             if name in ("correlation_id", "reply_to", "priority", "delivery_mode", "expiration")
         }
         message = envelope(
-            body, headers, properties,
+            body,
+            headers,
+            properties,
             serializer=options.get("serializer") or self._serializer,
-            compression=options.get("compression"), routing_key=self._pending,
+            compression=options.get("compression"),
+            routing_key=self._pending,
         )
         self._run.retry_messages.append((message, due_ms(headers.get("eta"))))
         return None
@@ -112,11 +120,20 @@ def settle_own_retries(app: Any, pending_of: Callable[[str], str | None]) -> Non
         pending_of: The pending queue of the affinity queue with that state name.
     """
     amqp = app.amqp
-    publish = amqp.send_task_message
+    publish = getattr(amqp, "send_task_message", None)
+    if publish is None:
+        logger.warning(
+            "This Celery has no amqp.send_task_message: a task's own retry is published to the "
+            "pending queue before its first attempt has settled. Install celery>=5.4,<6.",
+            extra={"action": "fallback", "missing": ["send_task_message"]},
+        )
+        return
     if getattr(publish, "celery_affinity", False):
         return
 
-    def send_task_message(producer: Any, name: str, message: Any, *args: Any, **options: Any) -> Any:
+    def send_task_message(
+        producer: Any, name: str, message: Any, *args: Any, **options: Any
+    ) -> Any:
         run = current_run()
         if run is not None and _is_own_retry(run, message, options, pending_of):
             pending = pending_of(run.stamp.state) or ""
@@ -142,7 +159,15 @@ def _is_own_retry(
 
 
 def selected_queues(app: Any) -> list[str] | None:
-    """Names of the queues that ``-Q`` selects; None without it."""
+    """Names of the queues that ``-Q`` selects; None without it.
+
+    Raises:
+        ConfigurationError: If this Celery keeps them elsewhere.
+    """
+    if not hasattr(app.amqp.queues, "_consume_from"):
+        raise ConfigurationError(
+            "this Celery does not tell which queues a worker consumes; install celery>=5.4,<6"
+        )
     selected = app.amqp.queues._consume_from
     return None if selected is None else list(selected)
 
@@ -170,6 +195,9 @@ class SlotPool(AsynPool):  # type: ignore[misc]
     `outbound_buffer`: with jobs in there that no ready process may take, the event loop would
     spin. Ordinary jobs go the stock way.
     """
+
+    _quick_put: Any
+    _put_back: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.slot_buffers: dict[int, deque[Any]] = {}
@@ -265,7 +293,8 @@ def slots_are_processes(pool_cls: Any, wanted: bool, use_eventloop: bool) -> boo
         logger.warning(
             "This Celery's prefork pool lacks %s: tasks of a tag will run in any process of the "
             "worker. Order and exclusion are kept; process caches are not. Install "
-            "celery>=5.4,<6, or set slot_is_process=False.", ", ".join(missing),
+            "celery>=5.4,<6, or set slot_is_process=False.",
+            ", ".join(missing),
             extra={"action": "fallback", "missing": missing},
         )
     return not missing

@@ -68,9 +68,7 @@ class Elector:
     def claim(self) -> float:
         """Try to get elected; returns seconds after which to try again if that failed."""
         asked = time.monotonic()
-        self.term, wait_ms = self._scripts.claim(
-            self._state, self.candidate, int(self._ttl * 1000)
-        )
+        self.term, wait_ms = self._scripts.claim(self._state, self.candidate, int(self._ttl * 1000))
         if self.term is not None:
             self._trust_from(asked)
             return 0.0

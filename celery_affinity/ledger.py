@@ -41,7 +41,7 @@ class Ledger:
     """Reads one namespace's ledger."""
 
     def __init__(self, client: Redis, keys: Keys, delivery: Delivery) -> None:
-        self._client = client
+        self._client: Any = client
         self._keys = keys
         self._delivery = delivery
 
@@ -62,7 +62,14 @@ class Ledger:
             *pending_lengths, entries, eta, ring, held, idle, dead, totals = pipe.execute()
         total = {_text(name): _number(value) for name, value in totals.items()}
         return QueueStats(
-            queue.name, sum(pending_lengths), entries, eta, ring, held, idle, dead,
+            queue.name,
+            sum(pending_lengths),
+            entries,
+            eta,
+            ring,
+            held,
+            idle,
+            dead,
             *(total.get(n, 0) for n in ("admitted", "settled", "requeued", "buried", "leases")),
         )
 
@@ -73,7 +80,8 @@ class Ledger:
         seconds, micros = self._client.time()
         now = seconds * 1000 + micros // 1000
         records = [
-            record for incarnation, due in found
+            record
+            for incarnation, due in found
             if (record := self._worker(_text(incarnation), (due - now) / 1000, names))
         ]
         return sorted(records, key=lambda record: record.name)
@@ -90,15 +98,20 @@ class Ledger:
         working = {_text(i) for i in busy}
         leases = {_text(i) for i in leased}
         slots = tuple(
-            self._slot(incarnation, i, names) if str(i) in leases
+            self._slot(incarnation, i, names)
+            if str(i) in leases
             else SlotRecord(i, "running" if str(i) in working else "idle")
             for i in range(int(info["cap"]))
         )
         states = [line.split("\t")[0] for line in info["queues"].split("\n")]
         return WorkerRecord(
-            incarnation, info["name"],
+            incarnation,
+            info["name"],
             "running" if any(slot.status == "running" for slot in slots) else "idle",
-            info["state"] != "active", tuple(names.get(s, s) for s in states), slots, left,
+            info["state"] != "active",
+            tuple(names.get(s, s) for s in states),
+            slots,
+            left,
         )
 
     def _slot(self, incarnation: str, index: int, names: dict[str, str]) -> SlotRecord:
@@ -108,13 +121,21 @@ class Ledger:
         if q is None:
             return SlotRecord(index, "idle")
         return SlotRecord(
-            index, "running", names.get(_text(q), _text(q)), _text(tag), _number(n), int(epoch),
+            index,
+            "running",
+            names.get(_text(q), _text(q)),
+            _text(tag),
+            _number(n),
+            int(epoch),
             int(e1) if k1 is not None and e1 is not None else None,
         )
 
     def tags(self, queue: AffinityQueue, limit: int) -> list[TagRecord]:
         """Tags that hold slots, then those that wait, in the ring's order; at most `limit`."""
-        held_key, ring_key = self._keys.queue(queue.state, "held"), self._keys.queue(queue.state, "ring")
+        held_key, ring_key = (
+            self._keys.queue(queue.state, "held"),
+            self._keys.queue(queue.state, "ring"),
+        )
         slots: dict[bytes, tuple[str, ...]] = {}
         for tag, text in self._client.hscan_iter(held_key, count=PAGE):
             slots[tag] = tuple(_text(text).split())
@@ -151,6 +172,10 @@ class Ledger:
             about = json.loads(_text(meta))
             message = self._client.hget(self._keys.queue(queue.state, "deadm"), _text(entry))
             yield DeadLetter(
-                int(entry), str(about["tag"]), str(about["reason"]), int(about["attempts"]),
-                float(about["at"]) / 1000, message or b"",
+                int(entry),
+                str(about["tag"]),
+                str(about["reason"]),
+                int(about["attempts"]),
+                float(about["at"]) / 1000,
+                message or b"",
             )

@@ -19,7 +19,15 @@ from kombu.serialization import dumps
 
 from celery_affinity.exceptions import TagError
 
-__all__ = ("MAX_TAG_BYTES", "STAMP_HEADER", "TAG_HEADER", "Stamp", "envelope", "normalised", "tag_text")
+__all__ = (
+    "MAX_TAG_BYTES",
+    "STAMP_HEADER",
+    "TAG_HEADER",
+    "Stamp",
+    "envelope",
+    "normalised",
+    "tag_text",
+)
 
 #: Header (and `apply_async` option) with the tag of a task.
 TAG_HEADER = "identify_tag"
@@ -107,9 +115,9 @@ def envelope(
     """A task message as kombu's Redis transport would have stored it in a queue."""
     content_type, content_encoding, payload = dumps(body, serializer=serializer)
     headers = dict(headers)
+    raw: bytes = payload.encode() if isinstance(payload, str) else payload
     if compression:
-        payload, headers["compression"] = compress(payload, compression)
-    raw = payload.encode() if isinstance(payload, str) else payload
+        raw, headers["compression"] = compress(raw, compression)
     priority = properties.get("priority") or 0
     return json.dumps(
         {

@@ -35,8 +35,13 @@ class Node:
     """
 
     def __init__(
-        self, worker: Any, settings: AffinitySettings, url: str, delivery: Delivery,
-        serves: list[AffinityQueue], ordinary: bool,
+        self,
+        worker: Any,
+        settings: AffinitySettings,
+        url: str,
+        delivery: Delivery,
+        serves: list[AffinityQueue],
+        ordinary: bool,
     ) -> None:
         self.app = worker.app
         self.name = str(worker.hostname)
@@ -78,8 +83,11 @@ class Node:
     def _announcement(self) -> dict[str, Any]:
         single = self.slots == 1 and self._worker.pool_cls.__module__.endswith(".prefork")
         queues = [
-            (queue.state, min(queue.slots or self.slots, self.slots),
-             self._delivery.worker_list(self.worker_queues[queue.name]))
+            (
+                queue.state,
+                min(queue.slots or self.slots, self.slots),
+                self._delivery.worker_list(self.worker_queues[queue.name]),
+            )
             for queue in self.serves
         ]
         junk = [
@@ -119,7 +127,8 @@ class Node:
         if not self.slots_are_processes or internals.pool_process_index() is None:
             self.open_gates(None)
         to_pool = (
-            consumer.controller._process_task if self.slots_are_processes
+            consumer.controller._process_task
+            if self.slots_are_processes
             else consumer.on_task_request
         )
         for name, task in self.app.tasks.items():
@@ -134,8 +143,10 @@ class Node:
             self._started = True
             internals.native_thread(self.reporter.run, "affinity-heartbeat")
         logger.info(
-            "Serving %s with %d slots as %s.", ", ".join(map(repr, self.worker_queues)),
-            self.slots, self.incarnation,
+            "Serving %s with %d slots as %s.",
+            ", ".join(map(repr, self.worker_queues)),
+            self.slots,
+            self.incarnation,
             extra={"action": "serve", "incarnation": self.incarnation},
         )
 

@@ -79,8 +79,11 @@ class Reporter:
             logger.warning("Could not drain: %s", error, extra={"action": "drain_failed"})
             return
         if not self._drained:
-            logger.info("Draining: %d tasks went back to the head of their tags.", back,
-                        extra={"action": "drain", "entries": back})
+            logger.info(
+                "Draining: %d tasks went back to the head of their tags.",
+                back,
+                extra={"action": "drain", "entries": back},
+            )
         self._drained = True
 
     def leave(self) -> None:
@@ -91,12 +94,16 @@ class Reporter:
             back = self._scripts.leave(self._incarnation)
         except RedisError as error:
             logger.warning(
-                "Could not leave (%s): the leader rescues this worker after its heartbeat "
-                "timeout.", error, extra={"action": "leave_failed"},
+                "Could not leave (%s): the leader rescues this worker after its heartbeat timeout.",
+                error,
+                extra={"action": "leave_failed"},
             )
         else:
-            logger.info("Left the ledger; %d tasks given back.", back,
-                        extra={"action": "leave", "entries": back})
+            logger.info(
+                "Left the ledger; %d tasks given back.",
+                back,
+                extra={"action": "leave", "entries": back},
+            )
 
     def request_drain(self) -> None:
         """Drain soon, from the heartbeat's thread. Safe in a signal handler."""
@@ -107,21 +114,25 @@ class Reporter:
 
     def discard(self, stamp: Stamp, verdict: str, reason: str = "") -> None:
         """A dispatched message ended here without being started."""
-        self._tell(lambda: self._scripts.discard(
-            stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.send, verdict, reason
-        ))
+        self._tell(
+            lambda: self._scripts.discard(
+                stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.send, verdict, reason
+            )
+        )
 
     def finish(self, stamp: Stamp) -> None:
         """A running task was ended; its process is being stopped."""
-        self._tell(lambda: self._scripts.finish(
-            stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch
-        ))
+        self._tell(
+            lambda: self._scripts.finish(stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch)
+        )
 
     def process_lost(self, stamp: Stamp) -> str:
         """What becomes of a task whose process is gone."""
-        answer = self._tell(lambda: self._scripts.lost(
-            stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.state
-        ))
+        answer = self._tell(
+            lambda: self._scripts.lost(
+                stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.state
+            )
+        )
         return answer if isinstance(answer, str) else "requeued"
 
     def _tell(self, call: Callable[[], Any]) -> Any:
@@ -163,7 +174,9 @@ class Reporter:
         if again or back:
             logger.warning(
                 "%d messages were lost on the way and sent again, %d tasks taken back.",
-                again, back, extra={"action": "resend", "again": again, "back": back},
+                again,
+                back,
+                extra={"action": "resend", "again": again, "back": back},
             )
         if not registered and not self._draining and not self._stopping:
             self._register_anew(scripts)
@@ -171,12 +184,11 @@ class Reporter:
     def _register_anew(self, scripts: Scripts) -> None:
         logger.warning(
             "This worker was given up as lost; it registers anew. What it still runs may run "
-            "elsewhere too.", extra={"action": "register_anew"},
+            "elsewhere too.",
+            extra={"action": "register_anew"},
         )
         self._busy_slots = self.held.running_slots()
-        scripts.register(
-            self._incarnation, **self._announcement(), busy=sorted(self._busy_slots)
-        )
+        scripts.register(self._incarnation, **self._announcement(), busy=sorted(self._busy_slots))
 
     def _on_end(self, stamp: Stamp) -> None:
         if stamp.slot in self._busy_slots:
@@ -201,5 +213,8 @@ class Reporter:
         if reachable:
             logger.warning("The ledger answers again.", extra={"action": "redis_back"})
         else:
-            logger.warning("The ledger does not answer (%s); heartbeats wait.", error,
-                           extra={"action": "redis_gone"})
+            logger.warning(
+                "The ledger does not answer (%s); heartbeats wait.",
+                error,
+                extra={"action": "redis_gone"},
+            )

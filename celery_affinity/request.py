@@ -51,12 +51,15 @@ class DispatchedRequest:
     """Mixed over the class that Celery makes of the task's Request, for dispatched messages."""
 
     affinity_ends: LedgerEnds
+    id: str
+    name: str
 
     def __init__(self, message: Any, **options: Any) -> None:
         stamp = Stamp.parse(message.headers.get(STAMP_HEADER))
         assert stamp is not None
         self.affinity_stamp = stamp
-        super().__init__(message, **{**options, "on_ack": _noop, "on_reject": _noop})
+        quiet = {**options, "on_ack": _noop, "on_reject": _noop}
+        super().__init__(message, **quiet)  # type: ignore[call-arg]
         self._eta = None  # it was due when it was dispatched
         self.affinity_ends.held.arrived(stamp, self)
 
@@ -101,7 +104,10 @@ class DispatchedRequest:
             if verdict != "buried":
                 logger.warning(
                     "The process of task %s[%s] is gone (%s); the task is %s.",
-                    self.name, self.id, error, verdict,  # type: ignore[attr-defined]
+                    self.name,
+                    self.id,
+                    error,
+                    verdict,
                     extra={"action": "process_lost", "verdict": verdict},
                 )
                 self._vanish()
@@ -135,7 +141,7 @@ class DispatchedRequest:
     def _vanish(self) -> None:
         worker_state.task_ready(self)
         self.affinity_ends.held.ended(self.affinity_stamp)
-        task_id = self.id  # type: ignore[attr-defined]
+        task_id = self.id
         original = self.affinity_ends.held.other_request(task_id, self)
         if original is not None:
             worker_state.requests[task_id] = original
@@ -145,15 +151,21 @@ def announce_received(req: Any) -> None:
     """Send the event that a task was received."""
     req._eventer and req._eventer.enabled and req.task.send_events and req._eventer.send(
         "task-received",
-        uuid=req.id, name=req.name, args=req.argsrepr, kwargs=req.kwargsrepr,
-        root_id=req.root_id, parent_id=req.parent_id,
-        retries=req.request_dict.get("retries", 0), eta=None,
+        uuid=req.id,
+        name=req.name,
+        args=req.argsrepr,
+        kwargs=req.kwargsrepr,
+        root_id=req.root_id,
+        parent_id=req.parent_id,
+        retries=req.request_dict.get("retries", 0),
+        eta=None,
         expires=req.expires and req.expires.isoformat(),
     )
 
 
-def strategy_for(task: Any, app: Any, consumer: Any, stock: Any, ends: LedgerEnds,
-                 to_pool: Callable[[Any], None]) -> Any:
+def strategy_for(
+    task: Any, app: Any, consumer: Any, stock: Any, ends: LedgerEnds, to_pool: Callable[[Any], None]
+) -> Any:
     """Celery's strategy for a task, with the one for dispatched messages in front.
 
     Arguments:
@@ -161,8 +173,12 @@ def strategy_for(task: Any, app: Any, consumer: Any, stock: Any, ends: LedgerEnd
         to_pool: Hands a request to the pool.
     """
     stock_class = create_request_cls(
-        symbol_by_name(task.Request), task, consumer.pool, consumer.hostname,
-        consumer.event_dispatcher, app=app,
+        symbol_by_name(task.Request),
+        task,
+        consumer.pool,
+        consumer.hostname,
+        consumer.event_dispatcher,
+        app=app,
     )
     request_class = type(
         "DispatchedRequest", (DispatchedRequest, stock_class), {"affinity_ends": ends}
@@ -171,12 +187,24 @@ def strategy_for(task: Any, app: Any, consumer: Any, stock: Any, ends: LedgerEnd
 
     def receive(message: Any, stamp: Stamp) -> None:
         req = request_class(
-            message, app=app, hostname=consumer.hostname, eventer=consumer.event_dispatcher,
-            task=task, connection_errors=consumer.connection_errors, body=message.body,
-            headers=message.headers, decoded=False, utc=app.uses_utc_timezone(),
+            message,
+            app=app,
+            hostname=consumer.hostname,
+            eventer=consumer.event_dispatcher,
+            task=task,
+            connection_errors=consumer.connection_errors,
+            body=message.body,
+            headers=message.headers,
+            decoded=False,
+            utc=app.uses_utc_timezone(),
         )
-        data = {"id": req.id, "name": req.name, "args": req.argsrepr,
-                "kwargs": req.kwargsrepr, "eta": None}
+        data = {
+            "id": req.id,
+            "name": req.name,
+            "args": req.argsrepr,
+            "kwargs": req.kwargsrepr,
+            "eta": None,
+        }
         logger.info(celery_trace.LOG_RECEIVED, data, extra={"data": data})
         if (req.expires or req.id in worker_state.revoked) and req.revoked():
             return
@@ -202,8 +230,11 @@ def strategy_for(task: Any, app: Any, consumer: Any, stock: Any, ends: LedgerEnd
             ends.held.ended(stamp)
             reason = f"{type(error).__name__}: {error}"[:1000]
             ends.discard(stamp, "bury", reason)
-            logger.exception("Buried a message that is not a usable task: %s", reason,
-                             extra={"action": "bury", "reason": reason})
+            logger.exception(
+                "Buried a message that is not a usable task: %s",
+                reason,
+                extra={"action": "bury", "reason": reason},
+            )
         return None
 
     return handler

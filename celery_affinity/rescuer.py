@@ -53,9 +53,14 @@ class Rescuer:
             name, incarnation, back = answer[1].decode(), answer[2].decode(), int(answer[3])
             logger.warning(
                 "Worker %r is lost (no heartbeat): %d tasks go back to the head of their tags.",
-                name, back,
-                extra={"action": "rescue", "worker": name, "incarnation": incarnation,
-                       "entries": back},
+                name,
+                back,
+                extra={
+                    "action": "rescue",
+                    "worker": name,
+                    "incarnation": incarnation,
+                    "entries": back,
+                },
             )
 
     def _clock_moved(self) -> bool:

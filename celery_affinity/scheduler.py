@@ -87,7 +87,8 @@ class Scheduler:
             except Exception:
                 self._elector.concede()
                 logger.exception(
-                    "Scheduling of %r failed; conceding the term.", self._queue.name,
+                    "Scheduling of %r failed; conceding the term.",
+                    self._queue.name,
                     extra={"action": "concede", "queue": self._queue.name},
                 )
                 self._stopping.wait(RETRY_SECONDS)
@@ -95,12 +96,17 @@ class Scheduler:
 
     def _lead(self) -> None:
         logger.info(
-            "Scheduling affinity queue %r, term %s.", self._queue.name, self._elector.term,
+            "Scheduling affinity queue %r, term %s.",
+            self._queue.name,
+            self._elector.term,
             extra={"action": "elected", "queue": self._queue.name, "term": self._elector.term},
         )
         queue = self._queue
         limits = (
-            queue.max_batch_size, queue.default_concurrency, queue.max_deliveries, queue.warm_tags
+            queue.max_batch_size,
+            queue.default_concurrency,
+            queue.max_deliveries,
+            queue.warm_tags,
         )
         own = queue.own_concurrencies
         if self._scripts.configure(queue.state, self._elector.fence, limits, own) == -1:
@@ -123,7 +129,8 @@ class Scheduler:
                 break
         if not self._stopping.is_set():
             logger.info(
-                "No longer scheduling %r: the term is over (not an error).", queue.name,
+                "No longer scheduling %r: the term is over (not an error).",
+                queue.name,
                 extra={"action": "conceded", "queue": queue.name},
             )
             self._elector.concede()
@@ -151,14 +158,19 @@ class Scheduler:
 
     def _answered(self) -> None:
         if not self._reachable:
-            logger.warning("Redis answers again; scheduling of %r goes on.", self._queue.name,
-                           extra={"action": "redis_back", "queue": self._queue.name})
+            logger.warning(
+                "Redis answers again; scheduling of %r goes on.",
+                self._queue.name,
+                extra={"action": "redis_back", "queue": self._queue.name},
+            )
         self._reachable = True
 
     def _unanswered(self, error: RedisError) -> None:
         if self._reachable:
             logger.warning(
-                "Redis does not answer (%s); scheduling of %r waits.", error, self._queue.name,
+                "Redis does not answer (%s); scheduling of %r waits.",
+                error,
+                self._queue.name,
                 extra={"action": "redis_gone", "queue": self._queue.name},
             )
         self._reachable = False

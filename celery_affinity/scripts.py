@@ -76,9 +76,7 @@ class Scripts:
         """End the term at once; False if it was over."""
         return bool(self._call("resign", state, fence))
 
-    def configure(
-        self, state: str, fence: str, limits: Sequence[int], own: dict[str, int]
-    ) -> int:
+    def configure(self, state: str, fence: str, limits: Sequence[int], own: dict[str, int]) -> int:
         """Write max_batch_size, tag_concurrency, max_deliveries, warm_tags and tags' own limits."""
         pairs = [part for item in own.items() for part in item]
         return int(self._call("configure", state, fence, *limits, *pairs))
@@ -140,8 +138,17 @@ class Scripts:
         """Announce an incarnation and offer its slots; see register.lua."""
         lines = "\n".join(f"{state}\t{limit}\t{listkey}" for state, limit, listkey in queues)
         answer = self._call(
-            "register", incarnation, name, depth, slots, lines, "\n".join(junk), role, timeout_ms,
-            "\n".join(str(i) for i in busy), SCHEMA_VERSION,
+            "register",
+            incarnation,
+            name,
+            depth,
+            slots,
+            lines,
+            "\n".join(junk),
+            role,
+            timeout_ms,
+            "\n".join(str(i) for i in busy),
+            SCHEMA_VERSION,
         )
         self._check_schema(answer)
 
@@ -177,22 +184,30 @@ class Scripts:
         return int(self._call("start", incarnation, slot, entry, epoch, send, token))
 
     def settle(
-        self, incarnation: str, slot: int, entry: str, epoch: str, token: str,
-        outcome: str, *rest: object,
+        self,
+        incarnation: str,
+        slot: int,
+        entry: str,
+        epoch: str,
+        token: str,
+        outcome: str,
+        *rest: object,
     ) -> str:
         """End a started task; see settle.lua."""
-        return _text(
-            self._call("settle", incarnation, slot, entry, epoch, token, outcome, *rest)
-        )
+        return _text(self._call("settle", incarnation, slot, entry, epoch, token, outcome, *rest))
 
     def discard(
-        self, incarnation: str, slot: int, entry: str, epoch: str, send: str, verdict: str,
+        self,
+        incarnation: str,
+        slot: int,
+        entry: str,
+        epoch: str,
+        send: str,
+        verdict: str,
         reason: str = "",
     ) -> bool:
         """End a dispatched message that was never started; see discard.lua."""
-        return bool(
-            self._call("discard", incarnation, slot, entry, epoch, send, verdict, reason)
-        )
+        return bool(self._call("discard", incarnation, slot, entry, epoch, send, verdict, reason))
 
     def lost(self, incarnation: str, slot: int, entry: str, epoch: str, state: str) -> str:
         """What becomes of a task whose process is gone: settled, requeued or buried."""

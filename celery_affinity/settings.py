@@ -33,7 +33,10 @@ def _check_name(value: str | None) -> str | None:
 
 
 def _explain(
-    model: type[BaseModel], what: str, error: ValidationError, origins: Mapping[str, str] | None = None
+    model: type[BaseModel],
+    what: str,
+    error: ValidationError,
+    origins: Mapping[str, str] | None = None,
 ) -> str:
     lines = []
     origins = origins or {}
@@ -81,11 +84,13 @@ class AffinityQueue(BaseModel):
         try:
             super().__init__(name=name, **settings)
         except ValidationError as error:
-            raise ConfigurationError(_explain(AffinityQueue, f"AffinityQueue({name!r})", error)) from None
+            raise ConfigurationError(
+                _explain(AffinityQueue, f"AffinityQueue({name!r})", error)
+            ) from None
 
-    _names = field_validator(
-        "name", "pending_queue_name", "worker_queue_prefix", "state_prefix"
-    )(_check_name)
+    _names = field_validator("name", "pending_queue_name", "worker_queue_prefix", "state_prefix")(
+        _check_name
+    )
 
     @property
     def pending(self) -> str:
@@ -157,7 +162,7 @@ class AffinitySettings(BaseModel):
             if queue.scheduler_interval > self.leader_ttl:
                 raise ValueError(
                     f"scheduler_interval of {queue.name!r} ({queue.scheduler_interval:g} s) must "
-                    f"not exceed leader_ttl ({self.leader_ttl:g} s), or a leader sleeps its term away"
+                    f"not exceed leader_ttl ({self.leader_ttl:g} s), or a leader oversleeps"
                 )
         return self
 
@@ -201,8 +206,14 @@ def resolve(
     for source, found in (
         ("app.conf.affinity_", conf),
         ("Affinity(...) ", arguments),
-        ("AFFINITY_", {n: environ[f"AFFINITY_{n.upper()}"] for n in AffinitySettings.model_fields
-                       if n != "queues" and f"AFFINITY_{n.upper()}" in environ}),
+        (
+            "AFFINITY_",
+            {
+                n: environ[f"AFFINITY_{n.upper()}"]
+                for n in AffinitySettings.model_fields
+                if n != "queues" and f"AFFINITY_{n.upper()}" in environ
+            },
+        ),
     ):
         for name, value in found.items():
             values[name] = _queues_from_conf(value) if name == "queues" else value

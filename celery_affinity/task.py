@@ -38,7 +38,9 @@ def _argument(task: Any, path: str, args: Any, kwargs: Any) -> object:
     try:
         bound = signature.bind_partial(*args, **kwargs)
     except TypeError as error:
-        raise TagError(f"cannot derive the tag of task {task.name!r} from {path!r}: {error}") from None
+        raise TagError(
+            f"cannot derive the tag of task {task.name!r} from {path!r}: {error}"
+        ) from None
     bound.apply_defaults()
     if name not in bound.arguments:
         raise TagError(
@@ -93,7 +95,9 @@ def _affinity_of(task: Any) -> _Bound | None:
     return bound
 
 
-def _pending_queue(task: Any, settings: AffinitySettings, args: Any, kwargs: Any, queue: Any) -> str:
+def _pending_queue(
+    task: Any, settings: AffinitySettings, args: Any, kwargs: Any, queue: Any
+) -> str:
     """The Celery queue to publish to: the call's, the task's, the route's, or the only one."""
     if queue is None:
         queue = task.affinity_queue
@@ -113,8 +117,14 @@ def _pending_queue(task: Any, settings: AffinitySettings, args: Any, kwargs: Any
 
 
 def _apply_async(
-    self: Any, args: Any = None, kwargs: Any = None, *positional: Any,
-    identify_tag: object = None, headers: Any = None, queue: Any = None, **options: Any,
+    self: Any,
+    args: Any = None,
+    kwargs: Any = None,
+    *positional: Any,
+    identify_tag: object = None,
+    headers: Any = None,
+    queue: Any = None,
+    **options: Any,
 ) -> Any:
     tag = _tag_of_call(self, args, kwargs, identify_tag, headers)
     options["headers"] = {**(headers or {}), TAG_HEADER: tag}
@@ -128,8 +138,13 @@ def _apply_async(
 
 
 def _apply(
-    self: Any, args: Any = None, kwargs: Any = None, *positional: Any,
-    identify_tag: object = None, headers: Any = None, **options: Any,
+    self: Any,
+    args: Any = None,
+    kwargs: Any = None,
+    *positional: Any,
+    identify_tag: object = None,
+    headers: Any = None,
+    **options: Any,
 ) -> Any:
     tag = _tag_of_call(self, args, kwargs, identify_tag, headers)
     queue = str(getattr(self.affinity_queue, "name", self.affinity_queue) or "")
@@ -173,11 +188,18 @@ def affinity_task(
 ) -> Callable[[Callable[Concatenate[Any, P], R]], Task[P, R]]: ...
 @overload
 def affinity_task(
-    *, bind: Literal[False] = ..., queue: str | None = ..., tag_from: TagFrom | None = ...,
+    *,
+    bind: Literal[False] = ...,
+    queue: str | None = ...,
+    tag_from: TagFrom | None = ...,
     **options: Any,
 ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 def affinity_task(
-    fun: Callable[..., Any] | None = None, /, *, queue: Any = None, tag_from: TagFrom | None = None,
+    fun: Callable[..., Any] | None = None,
+    /,
+    *,
+    queue: Any = None,
+    tag_from: TagFrom | None = None,
     **options: Any,
 ) -> Any:
     """Declare a task whose calls carry a tag. Like `celery.shared_task`, and with its options.
@@ -195,5 +217,3 @@ def affinity_task(
     """
     made = shared_task(**task_options(tag_from, queue, options))
     return made(fun) if fun is not None else made
-
-

@@ -31,8 +31,15 @@ class Bench:
     def pending(self) -> str:
         return self.scripts.keys.prefix + "pending"
 
-    def lead(self, batch: int = 10, concurrency: int = 1, own: dict[str, int] | None = None,
-             candidate: str = "leader/1", deliveries: int = 3, warm: int = 100) -> None:
+    def lead(
+        self,
+        batch: int = 10,
+        concurrency: int = 1,
+        own: dict[str, int] | None = None,
+        candidate: str = "leader/1",
+        deliveries: int = 3,
+        warm: int = 100,
+    ) -> None:
         term, _ = self.scripts.claim("q", candidate, 60_000)
         assert term
         self.fence = f"{candidate} {term}"
@@ -41,16 +48,25 @@ class Bench:
     def node(self, name: str, slots: int = 1, depth: int = 1, timeout_ms: int = 60_000) -> Node:
         node = Node(self, name, f"{self.scripts.keys.prefix}wq-{name}")
         self.scripts.register(
-            name, name=f"{name}@test", depth=depth, slots=slots, queues=[("q", slots, node.list)],
-            junk=[node.list], role="worker", timeout_ms=timeout_ms,
+            name,
+            name=f"{name}@test",
+            depth=depth,
+            slots=slots,
+            queues=[("q", slots, node.list)],
+            junk=[node.list],
+            role="worker",
+            timeout_ms=timeout_ms,
         )
         return node
 
     def send(self, tag: object, *ids: object, eta: str | None = None) -> None:
         for one in ids:
             headers = {"id": f"{tag}-{one}", "task": "t", "identify_tag": tag, "eta": eta}
-            self.push(envelope([[], {}, {}], headers, {}, serializer="json", compression=None,
-                               routing_key="q"))
+            self.push(
+                envelope(
+                    [[], {}, {}], headers, {}, serializer="json", compression=None, routing_key="q"
+                )
+            )
 
     def push(self, raw: str | bytes) -> None:
         self.client.lpush(self.pending, raw)
@@ -82,8 +98,9 @@ class Copy:
     tag: str
     token: str = ""
 
-    def start(self, token: str | None = None, send: str | None = None,
-              epoch: str | None = None) -> int:
+    def start(
+        self, token: str | None = None, send: str | None = None, epoch: str | None = None
+    ) -> int:
         s = self.stamp
         self.token = token or f"token-{next(self.node.bench.tokens)}"
         return self.node.bench.scripts.start(

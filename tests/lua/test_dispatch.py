@@ -67,7 +67,8 @@ def test_a_tag_that_comes_back_goes_to_the_slot_that_had_it_last(bench: Bench) -
         bench.send(tag, 0)
         bench.admit()
         homes[tag] = next(
-            name for name, node in nodes.items()
+            name
+            for name, node in nodes.items()
             if name not in homes.values() and bench.client.llen(node.list)
         )
     for tag in ("a", "b", "c"):
@@ -126,8 +127,14 @@ def test_at_most_tag_concurrency_entries_are_out_and_start_in_order(bench: Bench
 def test_the_slots_setting_limits_a_queue_to_some_of_a_node(bench: Bench) -> None:
     bench.lead()
     bench.scripts.register(
-        "n", name="n", depth=1, slots=4, queues=[("q", 2, bench.pending + "-w")], junk=[],
-        role="worker", timeout_ms=60_000,
+        "n",
+        name="n",
+        depth=1,
+        slots=4,
+        queues=[("q", 2, bench.pending + "-w")],
+        junk=[],
+        role="worker",
+        timeout_ms=60_000,
     )
     for tag in "abcd":
         bench.send(tag, 0)

@@ -13,9 +13,33 @@ from celery_affinity.scripts import Scripts
 from .conftest import Bench
 
 ODD_TAGS = [
-    "{}", "{a}b", "a}{b", "*", "?", "[x]", "a:b", "line\nbreak", "\r\n", "\0", "tab\t", " ", " a",
-    "\x06\x163", "Zürich", "Z\u0075\u0308rich", "🜁", "../x", "%s", "$(id)", "'; redis.call('x')",
-    '"', "\\", "affinity:lock", "A", "a", "x" * 512,
+    "{}",
+    "{a}b",
+    "a}{b",
+    "*",
+    "?",
+    "[x]",
+    "a:b",
+    "line\nbreak",
+    "\r\n",
+    "\0",
+    "tab\t",
+    " ",
+    " a",
+    "\x06\x163",
+    "Zürich",
+    "Z\u0075\u0308rich",
+    "🜁",
+    "../x",
+    "%s",
+    "$(id)",
+    "'; redis.call('x')",
+    '"',
+    "\\",
+    "affinity:lock",
+    "A",
+    "a",
+    "x" * 512,
 ]
 
 
@@ -47,16 +71,17 @@ BAD_MESSAGES = {
     "null headers": b'{"headers": null, "body": "", "properties": {}}',
     "no id": b'{"headers": {"task": "t", "identify_tag": "a"}, "body": "W10=", "properties": {}}',
     "task is a list": b'{"headers": {"task": ["t"], "id": "1", "identify_tag": "a"}, "body": "W10=",'
-                      b' "properties": {}}',
+    b' "properties": {}}',
     "no tag": b'{"headers": {"task": "t", "id": "1"}, "body": "W10=", "properties": {}}',
     "bad eta": b'{"headers": {"task": "t", "id": "1", "identify_tag": "a", "eta": "garbage"},'
-               b' "body": "W10=", "properties": {}}',
+    b' "body": "W10=", "properties": {}}',
     "tag is a list": b'{"headers": {"task": "t", "id": "1", "identify_tag": ["a"]}, "body": "W10=",'
-                     b' "properties": {}}',
+    b' "properties": {}}',
     "lone surrogate": b'{"headers": {"task": "t", "id": "1", "identify_tag": "\\ud800"},'
-                      b' "body": "W10=", "properties": {}}',
-    "long tag": b'{"headers": {"task": "t", "id": "1", "identify_tag": "' + b"x" * 513
-                + b'"}, "body": "W10=", "properties": {}}',
+    b' "body": "W10=", "properties": {}}',
+    "long tag": b'{"headers": {"task": "t", "id": "1", "identify_tag": "'
+    + b"x" * 513
+    + b'"}, "body": "W10=", "properties": {}}',
     "deep": b"[" * 5000 + b"]" * 5000,
 }
 
@@ -94,8 +119,13 @@ def test_an_unusual_but_usable_message_is_admitted_without_a_change_of_content(
     headers = {"id": "odd", "task": "t", "identify_tag": "a", **USABLE[kind].get("headers", {})}
     if kind == "tag in the properties":
         del headers["identify_tag"]
-    message = {"body": "W10=", "content-type": "application/json", "properties": {}, **USABLE[kind],
-               "headers": headers}
+    message = {
+        "body": "W10=",
+        "content-type": "application/json",
+        "properties": {},
+        **USABLE[kind],
+        "headers": headers,
+    }
     bench.push(json.dumps(message))
     bench.admit_all()
     assert bench.dead() == []

@@ -101,8 +101,15 @@ def test_a_slot_that_still_runs_something_is_not_offered_at_a_new_registration(
 ) -> None:
     bench.lead()
     bench.scripts.register(
-        "n", name="n", depth=1, slots=2, queues=[("q", 2, bench.pending + "-w")], junk=[],
-        role="worker", timeout_ms=60_000, busy=[0],
+        "n",
+        name="n",
+        depth=1,
+        slots=2,
+        queues=[("q", 2, bench.pending + "-w")],
+        junk=[],
+        role="worker",
+        timeout_ms=60_000,
+        busy=[0],
     )
     bench.send("a", 1)
     bench.send("b", 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from history import History, count_kinds, record
 
 SENT = {"a": [0, 1, 2]}
