@@ -17,6 +17,7 @@ from celery_affinity.exceptions import ConfigurationError, UndeclaredQueueError
 from celery_affinity.intake import no_tag
 from celery_affinity.keys import Keys
 from celery_affinity.ledger import Ledger
+from celery_affinity.message import decoded_body
 from celery_affinity.node import Node
 from celery_affinity.service import SchedulerService
 from celery_affinity.settings import AffinityQueue, AffinitySettings, resolve
@@ -172,7 +173,7 @@ class Affinity:
         task = self.app.tasks.get(message["headers"]["task"])
         if task is None or getattr(task, "affinity_tag_from", None) is None:
             return no_tag(message)
-        args, kwargs, _ = internals.decoded_body(self.app, message)
+        args, kwargs, _ = decoded_body(message, self.app.conf.accept_content)
         return derive_tag(task, args, kwargs)
 
     def banner(self) -> str:

@@ -60,7 +60,7 @@ class Intake:
             tag = self._tag(message)
             eta = due_ms(message["headers"].get("eta"))
             kept = normalised(message, tag).encode()
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        except Exception as error:
             reason = f"{type(error).__name__}: {error}"[:1000]
             logger.warning(
                 "Buried a message of the pending queue of %r: %s",

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from base64 import b64decode
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,19 +26,14 @@ from celery.app.trace import trace_ok_t
 from celery.concurrency import get_implementation
 from celery.concurrency.asynpool import AsynPool
 from celery.concurrency.prefork import TaskPool as PreforkPool
-from kombu.compression import decompress
-from kombu.serialization import loads, prepare_accept_content
 
 from celery_affinity.exceptions import ConfigurationError
 from celery_affinity.gate import Gate, Run, current_run
 from celery_affinity.message import STAMP_HEADER, Stamp, due_ms, envelope
-from celery_affinity.request import LedgerEnds
 
 __all__ = (
     "SlotTaskPool",
-    "bury_unknown_tasks",
     "consume_worker_queues",
-    "decoded_body",
     "native_thread",
     "pool_process_index",
     "refusal",
@@ -326,37 +320,3 @@ def native_thread(run: Callable[[], None], name: str) -> threading.Thread | None
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     return thread
-
-
-# Messages
-
-
-def decoded_body(app: Any, message: Any) -> tuple[Any, Any, Any]:
-    """Arguments, keyword arguments and embedded signatures of a task message.
-
-    Raises:
-        ValueError: If the body is not that of a task.
-    """
-    raw = message["body"]
-    if message["properties"].get("body_encoding") == "base64":
-        raw = b64decode(raw)
-    if message["headers"].get("compression"):
-        raw = decompress(raw, message["headers"]["compression"])
-    accept = prepare_accept_content(app.conf.accept_content)
-    body = loads(raw, message["content-type"], message.get("content-encoding"), accept=accept)
-    if not isinstance(body, (list, tuple)) or len(body) != 3:
-        raise ValueError(f"body is {body!r:.80}, expected (args, kwargs, embed)")
-    return body[0], body[1], body[2]
-
-
-def bury_unknown_tasks(consumer: Any, ends: LedgerEnds) -> None:
-    """Tell the ledger of dispatched messages whose task this worker does not know."""
-    stock = type(consumer).on_unknown_task
-
-    def on_unknown_task(body: Any, message: Any, exc: Exception) -> None:
-        stamp = Stamp.parse((message.headers or {}).get(STAMP_HEADER))
-        if stamp is not None:
-            ends.discard(stamp, "bury", f"unknown task {message.headers.get('task')!r}")
-        stock(consumer, body, message, exc)
-
-    consumer.on_unknown_task = on_unknown_task

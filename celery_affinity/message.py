@@ -7,15 +7,15 @@ transports: a JSON object with body, content-type, content-encoding, headers, pr
 from __future__ import annotations
 
 import json
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
-from kombu.compression import compress
-from kombu.serialization import dumps
+from kombu.compression import compress, decompress
+from kombu.serialization import dumps, loads, prepare_accept_content
 
 from celery_affinity.exceptions import TagError
 
@@ -24,6 +24,8 @@ __all__ = (
     "STAMP_HEADER",
     "TAG_HEADER",
     "Stamp",
+    "decoded_body",
+    "due_ms",
     "envelope",
     "normalised",
     "tag_text",
@@ -158,3 +160,29 @@ def due_ms(eta: object) -> int | None:
         raise ValueError(f"eta is {eta!r:.80}, expected ISO 8601 text")
     moment = datetime.fromisoformat(eta.replace("Z", "+00:00"))
     return int(moment.timestamp() * 1000)
+
+
+def decoded_body(message: Mapping[str, Any], accept: Any) -> tuple[Any, Any, Any]:
+    """Arguments, keyword arguments and embedded signatures of a task message.
+
+    Arguments:
+        accept: Content types that may be decoded (``app.conf.accept_content``).
+
+    Raises:
+        kombu.exceptions.ContentDisallowed: If it has another content type.
+        ValueError: If the body is not that of a task.
+    """
+    raw = message["body"]
+    if message["properties"].get("body_encoding") == "base64":
+        raw = b64decode(raw)
+    if message["headers"].get("compression"):
+        raw = decompress(raw, message["headers"]["compression"])
+    body = loads(
+        raw,
+        message["content-type"],
+        message.get("content-encoding"),
+        accept=prepare_accept_content(accept),
+    )
+    if not isinstance(body, (list, tuple)) or len(body) != 3:
+        raise ValueError(f"body is {body!r:.80}, expected (args, kwargs, embed)")
+    return body[0], body[1], body[2]

@@ -23,7 +23,7 @@ from celery_affinity.gate import REFUSED
 from celery_affinity.held import Held
 from celery_affinity.message import STAMP_HEADER, Stamp
 
-__all__ = ("LedgerEnds", "strategy_for")
+__all__ = ("LedgerEnds", "bury_unknown_tasks", "strategy_for")
 
 logger = logging.getLogger(__name__)
 
@@ -238,3 +238,16 @@ def strategy_for(
         return None
 
     return handler
+
+
+def bury_unknown_tasks(consumer: Any, ends: LedgerEnds) -> None:
+    """Tell the ledger of dispatched messages whose task this worker does not know."""
+    stock = type(consumer).on_unknown_task
+
+    def on_unknown_task(body: Any, message: Any, exc: Exception) -> None:
+        stamp = Stamp.parse((message.headers or {}).get(STAMP_HEADER))
+        if stamp is not None:
+            ends.discard(stamp, "bury", f"unknown task {message.headers.get('task')!r}")
+        stock(consumer, body, message, exc)
+
+    consumer.on_unknown_task = on_unknown_task

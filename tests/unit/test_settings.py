@@ -1,0 +1,81 @@
+"""Laws of the settings: what cannot work is refused, with what to change."""
+
+from __future__ import annotations
+
+import pytest
+
+from celery_affinity import AffinityQueue, ConfigurationError
+from celery_affinity.settings import resolve
+
+QUEUE = AffinityQueue("invoices")
+
+
+def test_the_defaults_are_those_of_the_design() -> None:
+    settings, origins = resolve({}, {"queues": (QUEUE,)}, {})
+    assert (settings.role, settings.leader_ttl, settings.heartbeat_interval) == ("both", 5, 2)
+    assert (settings.heartbeat_timeout, QUEUE.max_batch_size, QUEUE.max_deliveries) == (10, 10, 3)
+    assert (QUEUE.pending, QUEUE.state, QUEUE.tag_concurrency) == ("invoices", "invoices", 1)
+    assert origins == {"queues": "Affinity(...) queues"}
+
+
+def test_environment_goes_over_arguments_and_those_over_the_apps_conf() -> None:
+    conf = {"role": "worker", "leader_ttl": 3, "namespace": "from-conf"}
+    arguments = {"role": "scheduler", "leader_ttl": 4}
+    settings, origins = resolve(conf, arguments, {"AFFINITY_ROLE": "both"})
+    assert (settings.role, settings.leader_ttl, settings.namespace) == ("both", 4, "from-conf")
+    assert origins == {
+        "role": "AFFINITY_ROLE",
+        "leader_ttl": "Affinity(...) leader_ttl",
+        "namespace": "app.conf.affinity_namespace",
+    }
+
+
+def test_queues_can_come_from_the_apps_conf() -> None:
+    settings, _ = resolve({"queues": {"invoices": {"max_batch_size": 3}}}, {}, {})
+    assert settings.queue("invoices") == AffinityQueue("invoices", max_batch_size=3)
+
+
+@pytest.mark.parametrize(
+    "conf, says",
+    [
+        ({"hartbeat": 1}, "hartbeat.*known: .*heartbeat_interval"),
+        ({"heartbeat_timeout": 2}, "three times"),
+        ({"heartbeat_interval": 9}, "raise the former or lower the latter"),
+        ({"leader_ttl": 0}, "greater than 0"),
+        ({"leader_ttl": 0.5, "queues": (QUEUE,)}, "must not exceed leader_ttl"),
+        ({"role": "boss"}, "'scheduler', 'worker' or 'both'"),
+        ({"namespace": "a{b}"}, "braces"),
+        ({"queues": (QUEUE, QUEUE)}, "share the name name 'invoices'"),
+        ({"queues": (QUEUE, AffinityQueue("b", state_prefix="invoices"))}, "share the state name"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_with_what_to_change(conf: dict, says: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"(?s){says}"):
+        resolve(conf, {}, {})
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "10", 10**9, True])
+def test_a_batch_size_that_is_no_usable_number_is_refused(value: object) -> None:
+    with pytest.raises(ConfigurationError, match="max_batch_size"):
+        AffinityQueue("q", max_batch_size=value)
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "a\x06\x16b", 'a"b', "a\\b", "x" * 201])
+def test_a_queue_name_that_would_break_keys_or_messages_is_refused(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be a name"):
+        AffinityQueue(name)
+
+
+@pytest.mark.parametrize("name", ["a b", "{x}", "*", "zürich", "a:b:c", "x" * 200])
+def test_odd_queue_names_are_taken(name: str) -> None:
+    assert AffinityQueue(name).state == name
+
+
+def test_an_unknown_setting_of_a_queue_names_the_known_ones() -> None:
+    with pytest.raises(ConfigurationError, match=r"batch_size.*known: max_batch_size"):
+        AffinityQueue("q", batch_size=3)
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        QUEUE.max_batch_size = 3  # type: ignore[misc]

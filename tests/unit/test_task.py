@@ -1,0 +1,211 @@
+"""Laws of affinity_task: where a tag comes from, and what is refused at submit."""
+
+from __future__ import annotations
+
+from itertools import count
+from types import SimpleNamespace
+from typing import Any
+from uuid import UUID
+
+import pytest
+from celery import Celery, Task
+
+from celery_affinity import (
+    Affinity,
+    AffinityQueue,
+    ConfigurationError,
+    TagError,
+    UndeclaredQueueError,
+    affinity_task,
+    current,
+)
+from celery_affinity.message import tag_text
+
+
+_numbers = count()
+
+
+@pytest.fixture
+def app() -> Celery:
+    made = Celery("unit", broker="memory://", set_as_current=True)
+    made.conf.task_always_eager = False
+    return made
+
+
+@pytest.fixture
+def sent(app: Celery, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What would have been published."""
+    calls: list[dict[str, Any]] = []
+
+    def send_task(name: str, args: Any = None, kwargs: Any = None, **options: Any) -> None:
+        calls.append({"name": name, "args": args, "kwargs": kwargs, **options})
+
+    monkeypatch.setattr(app, "send_task", send_task)
+    return calls
+
+
+def declare(app: Celery, tag_from: Any = "tag", **options: Any) -> Task:
+    affinity = getattr(app, "celery_affinity", None) or Affinity(
+        app, queues=[AffinityQueue("invoices"), AffinityQueue("mails")]
+    )
+    options.setdefault("queue", "invoices")
+
+    @affinity.task(tag_from=tag_from, name=f"unit.{next(_numbers)}", **options)
+    def task(tag: Any = None, other: Any = None) -> Any:
+        return current()
+
+    return task
+
+
+@pytest.mark.parametrize(
+    "args, kwargs", [(("a",), {}), ((), {"tag": "a"}), (("a", 1), {}), (("a",), {"other": 2})]
+)
+def test_the_tag_comes_from_the_named_argument(app, sent, args, kwargs) -> None:
+    declare(app).apply_async(args, kwargs)
+    assert sent[0]["headers"] == {"identify_tag": "a"}
+    assert sent[0]["queue"] == "invoices"
+
+
+def test_a_default_of_the_argument_is_a_tag_too(app, sent) -> None:
+    affinity = Affinity(app, queues=[AffinityQueue("q")])
+
+    @affinity.task(tag_from="region", name="unit.default")
+    def task(x: int, region: str = "eu") -> None: ...
+
+    task.delay(1)
+    assert sent[0]["headers"]["identify_tag"] == "eu"
+
+
+@pytest.mark.parametrize("order", [{"company": {"id": 7}}, SimpleNamespace(company={"id": 7})])
+def test_a_dotted_path_goes_into_models_and_dicts(app, sent, order) -> None:
+    declare(app, tag_from="tag.company.id").delay(order)
+    assert sent[0]["headers"]["identify_tag"] == "7"
+
+
+def test_a_callable_is_given_the_calls_arguments(app, sent) -> None:
+    declare(app, tag_from=lambda tag, other=None: f"{tag}/{other}").delay("a", other=2)
+    assert sent[0]["headers"]["identify_tag"] == "a/2"
+
+
+def test_an_explicit_tag_goes_before_tag_from(app, sent) -> None:
+    declare(app).apply_async(("a",), identify_tag="eu:a")
+    declare(app).apply_async(("a",), headers={"identify_tag": "us:a", "trace": "t"})
+    assert [c["headers"] for c in sent] == [
+        {"identify_tag": "eu:a"},
+        {"identify_tag": "us:a", "trace": "t"},
+    ]
+
+
+@pytest.mark.parametrize("tag", ["x", 0, 7, UUID(int=7), " ", "ü", "🜁"])
+def test_texts_ints_and_uuids_are_tags(tag) -> None:
+    assert tag_text(tag) == str(tag)
+
+
+@pytest.mark.parametrize(
+    "tag, says",
+    [
+        ("", "empty"),
+        ("x" * 513, "513 bytes"),
+        ("ü" * 257, "514 bytes"),
+        (True, "bool"),
+        (1.5, "float"),
+        (float("nan"), "float"),
+        (b"a", "bytes"),
+        (None, "NoneType"),
+        (["a"], "list"),
+        ({"a": 1}, "dict"),
+        ("\ud800", "lone surrogate"),
+    ],
+)
+def test_what_cannot_be_a_tag_is_refused_at_submit(app, sent, tag, says) -> None:
+    with pytest.raises(TagError, match=says):
+        declare(app).delay(tag)
+    assert sent == []
+
+
+def test_a_call_without_a_tag_is_refused_and_says_what_to_pass(app, sent) -> None:
+    with pytest.raises(TagError, match="identify_tag=.*or declare"):
+        declare(app, tag_from=None).delay("a")
+    with pytest.raises(TagError, match="'company'.*does not have"):
+        declare(app, tag_from="company").delay("a")
+
+
+def test_an_undeclared_queue_is_refused_at_submit_and_names_the_declared(app, sent) -> None:
+    with pytest.raises(UndeclaredQueueError, match="'nope'.*'invoices', 'mails'"):
+        declare(app).apply_async(("a",), queue="nope")
+    with pytest.raises(ConfigurationError):
+        declare(app, queue=None).delay("a")
+
+
+def test_the_queue_may_come_from_a_route_or_be_the_only_one(app, sent) -> None:
+    app.conf.task_routes = {"unit.*": {"queue": "mails"}}
+    declare(app, queue=None).delay("a")
+    assert sent[0]["queue"] == "mails"
+    single = Celery("single", broker="memory://")
+    Affinity(single, queues=[AffinityQueue("only", pending_queue_name="in")])
+
+    @single.celery_affinity.task(tag_from="tag", name="t")
+    def task(tag: str) -> None: ...
+
+    single.send_task = lambda *a, **o: sent.append(o)
+    task.delay("a")
+    assert sent[1]["queue"] == "in"
+
+
+def test_the_decorator_works_without_affinity_and_eagerly(app) -> None:
+    app.conf.task_always_eager = True
+
+    @affinity_task(queue="anything", tag_from="tag", bind=True)
+    def seen(self: Any, tag: str) -> Any:
+        return self.affinity
+
+    assert seen("a") is None, "a plain call is under no lease"
+    context = seen.delay("a").get()
+    assert (context.tag, context.queue, context.eager, context.epoch) == ("a", "anything", True, 0)
+    assert current() is None
+
+
+def test_the_users_base_stays_the_base_and_is_called(app, sent) -> None:
+    class Base(Task):
+        def apply_async(self, *args: Any, **options: Any) -> Any:
+            options["headers"]["base"] = "seen"
+            return super().apply_async(*args, **options)
+
+    declare(app, base=Base).delay("a")
+    assert sent[0]["headers"] == {"identify_tag": "a", "base": "seen"}
+
+
+def test_affinity_does_no_io_and_reads_no_setting_when_it_is_made() -> None:
+    class Untouchable(Celery):
+        @property
+        def conf(self) -> Any:
+            raise AssertionError("read too early")
+
+    Affinity(Untouchable("lazy", set_as_current=False), queues=[AffinityQueue("q")])
+
+
+def test_a_namespaced_conf_is_read(app) -> None:
+    made = Celery("spaced", set_as_current=False)
+    config = SimpleNamespace(CELERY_AFFINITY_ROLE="worker", CELERY_BROKER_URL="redis://x/1")
+    made.config_from_object(config, namespace="CELERY")
+    assert Affinity(made).settings.role == "worker"
+
+
+def test_an_unknown_setting_in_the_conf_is_refused() -> None:
+    made = Celery("typo", set_as_current=False)
+    made.conf.affinity_rolle = "worker"
+    with pytest.raises(ConfigurationError, match="rolle"):
+        _ = Affinity(made).settings
+
+
+def test_a_broker_that_is_not_redis_is_refused_with_what_is_needed(app) -> None:
+    with pytest.raises(ConfigurationError, match="'memory'.*needs a Redis"):
+        _ = Affinity(app, queues=[AffinityQueue("q")]).redis_url
+
+
+def test_the_public_names_are_all_there_and_listed() -> None:
+    import celery_affinity
+
+    for name in celery_affinity.__all__:
+        assert getattr(celery_affinity, name).__doc__ or name.startswith("tag_"), name
+    assert len(set(celery_affinity.__all__)) == len(celery_affinity.__all__)
