@@ -11,7 +11,7 @@ from celery import Celery, signals
 
 from celery_affinity import internals
 from celery_affinity.bootstep import ConsumerStep, WorkerStep
-from celery_affinity.connection import check_server, connect, same_server
+from celery_affinity.connection import connect, same_server
 from celery_affinity.delivery import Delivery, SameRedisDelivery
 from celery_affinity.exceptions import ConfigurationError, UndeclaredQueueError
 from celery_affinity.intake import no_tag
@@ -57,6 +57,7 @@ class Affinity:
         app.steps["consumer"].add(ConsumerStep)
         signals.worker_init.connect(self._on_worker_init, weak=False)
         signals.worker_process_init.connect(self._on_process_init, weak=False)
+        signals.worker_process_shutdown.connect(self._on_process_shutdown, weak=False)
         signals.worker_shutting_down.connect(self._on_shutting_down, weak=False)
 
     # Settings
@@ -243,6 +244,7 @@ class Affinity:
         """The worker's pool has stopped."""
         self.stop_scheduling()
         if self.node is not None:
+            self.node.close_gates()
             self.node.reporter.leave()
             self.node = None
 
@@ -250,18 +252,14 @@ class Affinity:
         if self.node is not None:
             self.node.reporter.request_drain()
 
+    def _on_process_shutdown(self, **_: Any) -> None:
+        if self.node is not None:
+            self.node.close_gates()
+
     def _on_process_init(self, **_: Any) -> None:
         index = internals.pool_process_index()
         if self.node is not None and index is not None:
             self.node.open_gates(index)
-
-    def check_redis(self) -> None:
-        """Refuse a Redis that cannot keep the promises.
-
-        Raises:
-            ConfigurationError: If it is too old or may evict keys.
-        """
-        check_server(connect(self.redis_url), logger)
 
 
 def _affinity_conf(conf: Any) -> dict[str, Any]:

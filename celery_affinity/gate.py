@@ -75,6 +75,7 @@ class Gate:
         connect: Makes the scripts' client; called once in each process that runs tasks.
         refusal: Makes the tracer's answer for a refused copy.
         slot: The slot that this process is, for ordinary tasks; None if slots are not processes.
+        in_process: Whether tasks run in the worker's own process (threads, solo, gevent).
         ordinary: Whether ordinary tasks have to occupy a slot.
     """
 
@@ -87,6 +88,7 @@ class Gate:
         node: str,
         incarnation: str,
         slot: int | None,
+        in_process: bool,
         ordinary: bool,
     ) -> None:
         self._scripts = connect()
@@ -95,6 +97,7 @@ class Gate:
         self._node = node
         self._incarnation = incarnation
         self._slot = slot
+        self._in_process = in_process
         self._ordinary = ordinary
         self._held: dict[int, tuple[str, str, str]] = {}
         self._numbers = count(1)
@@ -105,7 +108,14 @@ class Gate:
         """Tell the ledger that this slot has a new process."""
         if self._slot is not None:
             slot = self._slot
-            self._patiently(lambda: self._scripts.process_up(self._incarnation, slot))
+            # Not patiently: the pool kills a process that does not come up. The heartbeat finds
+            # what an earlier process had started, too.
+            self._briefly(lambda: self._scripts.process_up(self._incarnation, slot))
+
+    def close(self) -> None:
+        """This process stops: its tags are released for its receivers."""
+        for slot in list(self._held):
+            self._release(slot, "drained")
 
     def around(self, tracer: Tracer) -> Tracer:
         """The tracer behind this gate."""
@@ -171,7 +181,16 @@ class Gate:
             outcome = "again" if getattr(error, "requeue", False) else "done"
             raise
         except BaseException:
-            outcome = ""  # the process is being stopped: its parent reports what becomes of this
+            # The process is being stopped: its parent reports what becomes of this task. Without
+            # processes there is nobody else to do so.
+            outcome = ""
+            if self._in_process:
+                self._patiently(
+                    lambda: self._scripts.lost(
+                        stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.state
+                    )
+                )
+                self._release(stamp.slot, "lost")
             raise
         finally:
             _run.reset(running)

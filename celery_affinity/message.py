@@ -100,6 +100,11 @@ class Stamp:
             return None
 
     @property
+    def resent(self) -> bool:
+        """Whether an earlier copy was sent under the same lease."""
+        return self.send.endswith("r")
+
+    @property
     def held(self) -> str:
         """How a heartbeat names this message."""
         return f"{self.slot}:{self.entry}:{self.epoch}:{self.send}"
@@ -180,7 +185,7 @@ def decoded_body(message: Mapping[str, Any], accept: Any) -> tuple[Any, Any, Any
     body = loads(
         raw,
         message["content-type"],
-        message.get("content-encoding"),
+        message.get("content-encoding") or "utf-8",
         accept=prepare_accept_content(accept),
     )
     if not isinstance(body, (list, tuple)) or len(body) != 3:

@@ -6,11 +6,12 @@ The bootsteps and signal receivers in `bootstep` call into this; nothing here is
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 from uuid import uuid4
 
 from celery_affinity import internals
-from celery_affinity.connection import connect
+from celery_affinity.connection import check_server, connect
 from celery_affinity.delivery import Delivery
 from celery_affinity.gate import Gate
 from celery_affinity.keys import Keys
@@ -71,6 +72,7 @@ class Node:
             self._scripts, self.incarnation, self._announcement, settings.heartbeat_interval
         )
         self._started = False
+        self._gate: tuple[int, Gate] | None = None
 
     def _scripts(self) -> Scripts:
         return Scripts(connect(self._url), Keys(self._settings.namespace))
@@ -108,23 +110,34 @@ class Node:
 
     def open_gates(self, slot: int | None) -> None:
         """Put this process' gate around all tasks of the app."""
-        gate = Gate(
+        if self._gate is None or self._gate[0] != os.getpid():
+            self._gate = os.getpid(), self._make_gate(slot)
+        gate = self._gate[1]
+        internals.wrap_tracers(self.app.tasks.values(), gate)
+        gate.process_up()
+
+    def close_gates(self) -> None:
+        """This process stops running tasks."""
+        if self._gate is not None and self._gate[0] == os.getpid():
+            self._gate[1].close()
+
+    def _make_gate(self, slot: int | None) -> Gate:
+        return Gate(
             connect=self._scripts,
             refusal=internals.refusal,
             queue_names={queue.state: queue.name for queue in self.serves},
             node=self.name,
             incarnation=self.incarnation,
             slot=slot if self.slots_are_processes else None,
+            in_process=slot is None,
             ordinary=self._ordinary,
         )
-        internals.wrap_tracers(self.app.tasks.values(), gate)
-        gate.process_up()
 
     # In the parent, on each start of its consumer
 
     def consumer_started(self, consumer: Any) -> None:
         """Receive dispatched messages; register, or after a reconnect ask for what was lost."""
-        if not self.slots_are_processes or internals.pool_process_index() is None:
+        if not consumer.pool.uses_semaphore:  # any pool but prefork runs tasks in this process
             self.open_gates(None)
         to_pool = (
             consumer.controller._process_task
@@ -136,6 +149,8 @@ class Node:
                 task, self.app, consumer, consumer.strategies[name], self.reporter, to_pool
             )
         bury_unknown_tasks(consumer, self.reporter)
+        if not self._started:
+            check_server(self._scripts().client, logger)
         self.reporter.register()
         if self._started:
             self.reporter.reconnected()

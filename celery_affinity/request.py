@@ -66,7 +66,7 @@ class DispatchedRequest:
     @property
     def first_copy(self) -> bool:
         """Whether events are sent as they happen; a later copy's wait until it was accepted."""
-        return self.affinity_stamp.send == "1"
+        return not self.affinity_stamp.resent
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """The pool has taken it."""
@@ -81,6 +81,10 @@ class DispatchedRequest:
 
     def on_success(self, result: tuple[Any, Any, Any], **kwargs: Any) -> None:
         """The tracer has returned: the task ended, or the gate refused this copy."""
+        if not isinstance(result, tuple):
+            # What a pool without processes makes of a SystemExit in a task.
+            self.on_failure(result)
+            return
         failed, retval, _ = result
         if not failed and retval == REFUSED:
             self._vanish()

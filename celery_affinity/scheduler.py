@@ -18,7 +18,9 @@ from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
+from celery_affinity.connection import check_server
 from celery_affinity.doorbell import Doorbell
+from celery_affinity.exceptions import ConfigurationError
 from celery_affinity.intake import Intake
 from celery_affinity.leadership import Elector
 from celery_affinity.rescuer import Rescuer
@@ -35,6 +37,8 @@ PROMOTE_BATCH = 100
 RESCUE_PAUSE_SECONDS = 0.5
 #: Seconds to wait before talking to a Redis that did not answer.
 RETRY_SECONDS = 0.5
+#: Seconds after which a Redis that cannot be used is looked at again.
+REFUSED_SECONDS = 5.0
 
 
 class Scheduler:
@@ -63,6 +67,7 @@ class Scheduler:
         self._arrivals = doorbells([*pending, keys.queue(queue.state, "wake")])
         self._vacancy = doorbells([keys.queue(queue.state, "vacant")])
         self._reachable = True
+        self._refused = ""
 
     def stop(self) -> None:
         """Ask `run` to resign and return."""
@@ -72,8 +77,12 @@ class Scheduler:
 
     def run(self) -> None:
         """Campaign and lead until `stop`."""
+        checked = False
         while not self._stopping.is_set():
             try:
+                if not checked:
+                    check_server(self._scripts.client, logger)
+                    checked = True
                 wait = self._elector.claim()
                 self._answered()
                 if self._elector.term is None:
@@ -84,6 +93,9 @@ class Scheduler:
                 self._elector.concede()
                 self._unanswered(error)
                 self._stopping.wait(RETRY_SECONDS)
+            except ConfigurationError as error:
+                self._refuse(error)
+                self._stopping.wait(REFUSED_SECONDS)
             except Exception:
                 self._elector.concede()
                 logger.exception(
@@ -147,6 +159,17 @@ class Scheduler:
         if more or promoted == PROMOTE_BATCH:
             return 0.0
         return self._queue.scheduler_interval if due_ms < 0 else due_ms / 1000
+
+    def _refuse(self, error: ConfigurationError) -> None:
+        self._elector.concede()
+        if str(error) != self._refused:
+            logger.error(
+                "Not scheduling %r: %s",
+                self._queue.name,
+                error,
+                extra={"action": "refused", "queue": self._queue.name},
+            )
+        self._refused = str(error)
 
     def _end(self) -> None:
         try:

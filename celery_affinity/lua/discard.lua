@@ -10,7 +10,7 @@
 -- @include lease
 -- @include match
 -- @include finish
-local inc, i, entry, epoch, send = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
+local inc, i, entry, epoch, send = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local l, leased = load_lease(inc, i)
 if not leased or l.epoch ~= epoch then return 0 end
 local k = l.out[1] and l.out[1].entry == entry and 1 or 2

@@ -26,11 +26,12 @@ for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
   local l = load_lease(inc, i)
   local changed, missing = false, false
   for k, o in ipairs(l.out) do
-    if not holds[table.concat({i, o.entry, l.epoch, text(o.send)}, ':')] then
+    if not holds[table.concat({i, o.entry, l.epoch, o.send}, ':')] then
       if o.token then
         missing = true
       elseif NOW - l.t >= grace and w.active then
-        o.send = o.send + 1
+        l.x = l.x + 1
+        o.send = text(l.x) .. 'r'
         l.t = NOW
         if deliver(l, k, w) then again = again + 1 end
         changed = true

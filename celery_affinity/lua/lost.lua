@@ -1,7 +1,7 @@
 -- lost: the process that ran a started task is gone, says its parent.
 --
 -- KEYS[1] namespace prefix
--- ARGV    incarnation, slot, entry, epoch
+-- ARGV    incarnation, slot, entry, epoch, queue
 -- Returns 'settled' it had settled before (or its lease is over); 'requeued' it runs again;
 --         'buried' it had its last delivery
 -- @include base
@@ -9,12 +9,15 @@
 -- @include deliver
 -- @include lease
 -- @include match
--- @include finish
 local inc, i, entry, epoch = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local l, leased = load_lease(inc, i)
 if not leased or l.epoch ~= epoch or not l.out[1] or l.out[1].entry ~= entry then
   return redis.call('HEXISTS', queue_key(ARGV[5], 'dead'), entry) == 1 and 'buried' or 'settled'
 end
+-- The lease ends with the process: what is dispatched to its successor has a new epoch.
 take_back(l, true)
-go_on(l, worker(inc))
+release(l, true)
+local w = worker(inc)
+if w then take(inc, i, w) end
+match(l.q, 10)
 return redis.call('HEXISTS', queue_key(l.q, 'dead'), entry) == 1 and 'buried' or 'requeued'

@@ -7,7 +7,6 @@
 -- @include deliver
 -- @include lease
 -- @include match
--- @include finish
 local inc, i = ARGV[1], ARGV[2]
 local w = worker(inc)
 if not w then return 0 end
@@ -21,6 +20,8 @@ end
 local l, leased = load_lease(inc, i)
 if leased and l.out[1] and l.out[1].token then
   take_back(l, true)
-  go_on(l, w)
+  release(l, true)
+  take(inc, i, w)
+  match(l.q, 10)
 end
 return 1

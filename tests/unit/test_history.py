@@ -22,8 +22,17 @@ class Script:
 
     def _event(self, event: str, seq: int, tag: str, **fields: Any) -> Script:
         line = {
-            "event": event, "tag": tag, "seq": seq, "task_id": f"{tag}-{seq}", "epoch": 1,
-            "attempt": 1, "worker": "w1", "pid": 11, "thread": 1, "t": len(self.lines), **fields,
+            "event": event,
+            "tag": tag,
+            "seq": seq,
+            "task_id": f"{tag}-{seq}",
+            "epoch": 1,
+            "attempt": 1,
+            "worker": "w1",
+            "pid": 11,
+            "thread": 1,
+            "t": len(self.lines),
+            **fields,
         }
         self.lines.append(json.dumps(line))
         return self
@@ -50,8 +59,12 @@ def kinds(history: History, expected: Any = SENT, **options: Any) -> dict[str, i
 
 def test_a_lawful_history_has_no_violation() -> None:
     history = (
-        Script().run(0).run(7, "b", epoch=2, worker="w2").run(1)
-        .run(2, epoch=3, worker="w2", pid=22).history()
+        Script()
+        .run(0)
+        .run(7, "b", epoch=2, worker="w2")
+        .run(1)
+        .run(2, epoch=3, worker="w2", pid=22)
+        .history()
     )
     assert history.violations({**SENT, "b": [7]}, batch_limit=2) == []
     history.assert_lawful({**SENT, "b": [7]}, batch_limit=2)
@@ -220,7 +233,9 @@ def test_submits_are_what_is_expected_and_what_waits_are_counted_from() -> None:
 
 
 def test_the_verdict_names_what_was_broken() -> None:
-    with pytest.raises(AssertionError, match="2 runs broke promises: 2 loss, 1 order\n  loss of 'a'"):
+    with pytest.raises(
+        AssertionError, match="2 runs broke promises: 2 loss, 1 order\n  loss of 'a'"
+    ):
         Script().run(2).run(1).history().assert_lawful({"a": [0, 1, 2, 3]})
 
 

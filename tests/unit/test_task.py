@@ -21,7 +21,6 @@ from celery_affinity import (
 )
 from celery_affinity.message import tag_text
 
-
 _numbers = count()
 
 

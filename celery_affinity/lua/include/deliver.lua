@@ -14,6 +14,8 @@ local function deliver(l, k, w)
   local raw = redis.call('HGET', queue_key(l.q, 'm'), o.entry)
   if not raw then return false end
   local starts = tonumber(redis.call('HGET', queue_key(l.q, 'att'), o.entry) or 0)
+  -- (epoch, send number) names one copy: the numbers grow over the lease, a copy that is sent
+  -- again has an "r" behind its number.
   local stamp = table.concat({o.entry, l.epoch, o.send, l.inc, l.i, o.place, starts + 1, l.q}, ' ')
   redis.call('LPUSH', w.lists[l.q], stamped(raw, stamp))
   return true

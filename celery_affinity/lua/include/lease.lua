@@ -1,27 +1,27 @@
 -- A slot's lease: open, fill with messages, release, take back.
 
-local FIELDS = {'q', 'tag', 'epoch', 'n', 'cn', 'since', 't', 'miss', 'fin',
+local FIELDS = {'q', 'tag', 'epoch', 'n', 'cn', 'x', 't', 'miss', 'fin',
   'e1', 's1', 'p1', 'k1', 'e2', 's2', 'p2', 'lt', 'lr'}
 
 -- The lease of a slot, or nil if the slot has none.
 local function load_lease(inc, i)
   local v = redis.call('HMGET', slot_key(inc, i), unpack(FIELDS))
   local l = {inc = inc, i = i, q = v[1], tag = v[2], epoch = v[3], n = tonumber(v[4]),
-    cn = tonumber(v[5]), since = v[6], t = tonumber(v[7]), miss = tonumber(v[8] or 0),
+    cn = tonumber(v[5]), x = tonumber(v[6]), t = tonumber(v[7]), miss = tonumber(v[8] or 0),
     fin = v[9], out = {}, last_token = v[17], last_answer = v[18]}
-  if v[10] then l.out[1] = {entry = v[10], send = tonumber(v[11]), place = v[12], token = v[13]} end
-  if v[14] then l.out[2] = {entry = v[14], send = tonumber(v[15]), place = v[16]} end
+  if v[10] then l.out[1] = {entry = v[10], send = v[11], place = v[12], token = v[13]} end
+  if v[14] then l.out[2] = {entry = v[14], send = v[15], place = v[16]} end
   return l, l.q and true or false
 end
 
 local function save_lease(l)
   local key = slot_key(l.inc, l.i)
-  local set = {'n', l.n, 't', text(l.t), 'miss', l.miss}
+  local set = {'n', l.n, 'x', l.x, 't', text(l.t), 'miss', l.miss}
   local gone = {}
   for k = 1, 2 do
     local o = l.out[k]
     if o then
-      for name, v in pairs({e = o.entry, s = text(o.send), p = o.place}) do
+      for name, v in pairs({e = o.entry, s = o.send, p = o.place}) do
         set[#set + 1] = name .. k
         set[#set + 1] = v
       end
@@ -55,8 +55,9 @@ local function pump(l, w)
     local entry = redis.call('LPOP', backlog_key(l.q, l.tag))
     if not entry then break end
     l.n = l.n + 1
+    l.x = l.x + 1
     l.t = NOW
-    l.out[#l.out + 1] = {entry = entry, send = 1, place = text(l.n)}
+    l.out[#l.out + 1] = {entry = entry, send = text(l.x), place = text(l.n)}
     if deliver(l, #l.out, w) then
       if l.cn > 1 then
         redis.call('SADD', queue_key(l.q, 'unst'), l.tag)
@@ -106,10 +107,9 @@ local function open_lease(q, tag, inc, i, w)
   local held = redis.call('HGET', queue_key(q, 'held'), tag)
   redis.call('HSET', queue_key(q, 'held'), tag, held and held .. ' ' .. me or me)
   redis.call('SADD', worker_key(inc, 'leased'), i)
-  local l = {inc = inc, i = i, q = q, tag = tag, epoch = grow(q, 'epoch'), n = 0,
+  local l = {inc = inc, i = i, q = q, tag = tag, epoch = grow(q, 'epoch'), n = 0, x = 0,
     cn = concurrency(q, tag), t = NOW, miss = 0, out = {}}
-  redis.call('HSET', slot_key(inc, i), 'q', q, 'tag', tag, 'epoch', l.epoch, 'cn', l.cn,
-    'since', text(NOW))
+  redis.call('HSET', slot_key(inc, i), 'q', q, 'tag', tag, 'epoch', l.epoch, 'cn', l.cn)
   local sent = pump(l, w)
   save_lease(l)
   if sent == 0 then release(l) end

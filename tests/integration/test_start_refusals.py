@@ -1,0 +1,114 @@
+"""Laws of the start: what cannot work stops the worker with what to change; Redis is waited for."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from celery_affinity.connection import check_server
+from celery_affinity.embedded import Server
+from celery_affinity.exceptions import ConfigurationError
+
+APP = """
+from celery import Celery
+from celery_affinity import Affinity, AffinityQueue, affinity_task
+app = Celery("refused", broker={broker!r})
+{body}
+"""
+
+
+def start(
+    tmp_path: Path, broker: str, body: str, *command: str
+) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "refused.py").write_text(APP.format(broker=broker, body=textwrap.dedent(body)))
+    return subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "refused", *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+WORKER = ("worker", "-Q", "jobs", "-c", "1", "-P", "solo")
+
+
+@pytest.mark.parametrize(
+    "body, says",
+    [
+        (
+            """
+            affinity = Affinity(app, queues=[AffinityQueue("jobs")])
+            @affinity_task(queue="jbos", tag_from="tag")
+            def task(tag): pass
+            """,
+            "'jbos', which is not an affinity queue (declared: 'jobs')",
+        ),
+        (
+            "affinity = Affinity(app, queues=[AffinityQueue('jobs')], heartbeat_timeout=3)",
+            "three times heartbeat_interval",
+        ),
+        (
+            """
+            app.conf.affinity_leder_ttl = 3
+            affinity = Affinity(app, queues=[AffinityQueue("jobs")])
+            """,
+            "leder_ttl from app.conf.affinity_leder_ttl",
+        ),
+    ],
+)
+def test_a_worker_with_settings_that_cannot_work_does_not_start(
+    shared_server: Server, tmp_path: Path, body: str, says: str
+) -> None:
+    done = start(tmp_path, shared_server.url(), body, *WORKER)
+    assert done.returncode != 0
+    assert says in done.stdout + done.stderr
+
+
+def test_a_beat_with_settings_that_cannot_work_does_not_start(
+    shared_server: Server, tmp_path: Path
+) -> None:
+    body = "affinity = Affinity(app, queues=[AffinityQueue('jobs')], leader_ttl=-1)"
+    done = start(tmp_path, shared_server.url(), body, "beat", "-S", "affinity")
+    assert done.returncode != 0
+    assert "leader_ttl" in done.stdout + done.stderr
+
+
+def test_a_beat_without_affinity_says_what_to_add(shared_server: Server, tmp_path: Path) -> None:
+    done = start(tmp_path, shared_server.url(), "", "beat", "-S", "affinity")
+    assert done.returncode != 0
+    assert "add affinity = Affinity(app" in done.stdout + done.stderr
+
+
+def test_a_redis_that_may_evict_keys_is_refused(server: Server, tmp_path: Path) -> None:
+    client = server.client()
+    client.config_set("maxmemory", "100mb")
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    with pytest.raises(ConfigurationError, match="CONFIG SET maxmemory-policy noeviction"):
+        check_server(client, logging.getLogger())
+    body = "affinity = Affinity(app, queues=[AffinityQueue('jobs')])"
+    done = start(tmp_path, server.url(), body, *WORKER)
+    assert done.returncode != 0
+    assert "maxmemory-policy noeviction" in done.stdout + done.stderr
+
+
+def test_a_redis_without_aof_is_warned_of(
+    server: Server, aof_server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_server(aof_server.client(), logging.getLogger())
+    assert "appendonly" not in caplog.text
+    check_server(server.client(), logging.getLogger())
+    assert "CONFIG SET appendonly yes" in caplog.text
+
+
+def test_an_old_redis_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = server.client()
+    monkeypatch.setattr(client, "info", lambda *a: {"redis_version": "6.0.16"})
+    with pytest.raises(ConfigurationError, match=r"6\.0\.16, expected 6\.2"):
+        check_server(client, logging.getLogger())
