@@ -10,7 +10,8 @@ Each touch, the probe that meets a Celery that differs, and what happens then:
   like: `slots_are_processes`; a warning, and the stock pool.
 
 (request.py builds on `Task.Request`, `create_request_cls` and the consumer's strategies.)
-Checked on celery CHECKED_ON.
+Checked on celery 5.7.0 (kombu 5.7.0, billiard 4.3.2, redis-py 8.1.0) and on the floor, celery 5.4.0
+(kombu 5.4.2, redis-py 5.3.1).
 """
 
 from __future__ import annotations
