@@ -5,8 +5,8 @@
 --         that reached the node and has not ended there
 -- Returns {0} not registered (any more): what it still runs is not its own;
 --         {1, sent again, taken back}
--- A message that was dispatched longer ago than the grace and has not arrived is sent again
--- with a new send number. One that started but is no longer held at two beats is taken back.
+-- A message that was dispatched longer ago than the grace, is not in the worker queue any more and
+-- has not arrived is sent again with a new send number. One that started but is no longer held at two beats is taken back.
 -- A repeat of a beat number counts no beat twice.
 -- @include base
 -- @include ring
@@ -19,6 +19,18 @@ if not w then return {0} end
 redis.call('ZADD', P .. 'workers', text(NOW + w.timeout), inc)
 if redis.call('HGET', worker_key(inc, 'info'), 'beat') == beat then return {1, 0, 0} end
 redis.call('HSET', worker_key(inc, 'info'), 'beat', beat)
+-- Whether the worker queue still has this copy; its list is read only when something is missing.
+local lists = {}
+local function queued(l, o)
+  local name = w.lists[l.q]
+  lists[name] = lists[name] or redis.call('LRANGE', name, 0, -1)
+  local mark = '"affinity_stamp": "' .. table.concat({o.entry, l.epoch, o.send, ''}, ' ')
+  for _, message in ipairs(lists[name]) do
+    if string.find(message, mark, 1, true) then return true end
+  end
+  return false
+end
+
 local holds = {}
 for k = 4, #ARGV do holds[ARGV[k]] = true end
 local again, back = 0, 0
@@ -29,7 +41,7 @@ for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
     if not holds[table.concat({i, o.entry, l.epoch, o.send}, ':')] then
       if o.token then
         missing = true
-      elseif NOW - l.t >= grace and w.active then
+      elseif NOW - l.t >= grace and w.active and not queued(l, o) then
         l.x = l.x + 1
         o.send = text(l.x) .. 'r'
         l.t = NOW

@@ -70,6 +70,17 @@ def test_a_message_that_never_arrived_is_sent_again_and_its_older_copy_refused(
     assert second.start() == 1
 
 
+def test_a_message_that_still_waits_in_the_worker_queue_is_not_sent_again(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n", slots=2)
+    bench.send("a", 1)
+    bench.send("b", 1)
+    bench.admit()
+    first = node.take()
+    assert node.beat(1) == (True, 1, 0), "only the one that was taken and is not held"
+    assert [node.take().id for _ in range(2)] == ["b-1", first.id]
+
+
 def test_a_started_entry_that_two_beats_miss_is_taken_back(bench: Bench) -> None:
     bench.lead()
     node = bench.node("n")
