@@ -231,6 +231,8 @@ class Affinity:
 
     def worker_started(self) -> None:
         """The worker's pool is up."""
+        if self.node is not None:
+            logger.info("celery_affinity\n%s", self.banner(), extra={"action": "banner"})
         if self.node is not None and self.settings.role == "both":
             self.start_scheduling(self.node.name)
 

@@ -49,7 +49,9 @@ class Rescuer:
             if answer[0] == -1:
                 return -1
             if answer[0] == 0:
-                return 60.0 if answer[1] < 0 else float(answer[1]) / 1000
+                # A worker that registers after this look is overdue in one timeout at the earliest.
+                left = self._settle_seconds if answer[1] < 0 else float(answer[1]) / 1000
+                return min(left, self._settle_seconds)
             name, incarnation, back = answer[1].decode(), answer[2].decode(), int(answer[3])
             logger.warning(
                 "Worker %r is lost (no heartbeat): %d tasks go back to the head of their tags.",

@@ -34,7 +34,8 @@ def make_app(name: str) -> Celery:
 
 def add_file(tag: str, seq: int, name: str, path: str, sent_at: float) -> None:
     """Add a file to the index that this process works on."""
-    _index().add(tag, seq, name, Path(path), sent_at, f"{os.environ.get(NODE_VARIABLE)}:{os.getpid()}")
+    owner = f"{os.environ[NODE_VARIABLE]}:{os.getpid()}"
+    _index().add(tag, seq, name, Path(path), sent_at, owner)
 
 
 def close_tag(tag: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sysconfig
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from pathlib import Path
 __all__ = ("Source", "by_tag", "installed")
 
 #: No distribution gives more files than this.
-MAX_FILES = 500
+MAX_FILES = int(os.environ.get("FILES") or 500)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from demo.postings import Postings, words_of
-from demo.store import Link, Store, chained, store_path
+from demo.store import EMPTY_DIGEST, Link, Store, chained, store_path
 
 __all__ = ("Index",)
 
@@ -44,7 +44,8 @@ class Index:
         store, postings = self._opened(tag)
         try:
             with store.transaction():
-                position, digest = store.last()
+                last = store.last_link()
+                position, digest = (last.position, last.digest) if last else (0, EMPTY_DIGEST)
                 if store.has(seq):
                     return digest
                 reload_seconds = 0.0
@@ -53,8 +54,18 @@ class Index:
                 keywords = " ".join(postings.keywords(words))
                 digest = chained(digest, name, content, keywords)
                 store.append(
-                    Link(position + 1, seq, name, keywords, digest, owner, sent_at, started_at,
-                         time.monotonic(), reload_seconds),
+                    Link(
+                        position + 1,
+                        seq,
+                        name,
+                        keywords,
+                        digest,
+                        owner,
+                        sent_at,
+                        started_at,
+                        time.monotonic(),
+                        reload_seconds,
+                    ),
                     words,
                 )
         except BaseException:

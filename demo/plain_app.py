@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from demo.contestant import QUEUE, add_file, make_app
+from demo.contestant import add_file, make_app
 
 __all__ = ("app", "index_file")
 
 app = make_app("demo.plain")
 
-index_file = app.task(add_file, name="demo.index_file", queue=QUEUE)
+index_file = app.task(name="demo.index_file")(add_file)

@@ -50,6 +50,7 @@ class Postings:
         They depend on all files before it, so they come out wrong if one of those is missing,
         doubled or out of its place.
         """
+
         def weight(word: str) -> float:
             in_files = len(self._files_of.get(word, ()))
             return words[word] * math.log((self.files + 2) / (in_files + 1))

@@ -18,10 +18,14 @@ from celery_affinity.embedded import die_with_parent
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ("Processes",)
+__all__ = ("ProcessEndedError", "Processes")
 
 #: A worker that has nothing to do stops in less.
 _STOP_SECONDS = 10.0
+
+
+class ProcessEndedError(Exception):
+    """A process of the demo ended by itself, or never got ready."""
 
 
 class Processes:
@@ -39,7 +43,9 @@ class Processes:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
         try:
@@ -52,10 +58,14 @@ class Processes:
         """Start ``python <arguments>``."""
         with self.log(name).open("wb") as log:
             self._running[name] = subprocess.Popen(
-                [sys.executable, *arguments], env={**os.environ, **environment},
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                [sys.executable, *arguments],
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
                 # Ctrl-C is for the demo, which then stops what it has started.
-                start_new_session=True, preexec_fn=die_with_parent(),  # noqa: PLW1509
+                start_new_session=True,
+                preexec_fn=die_with_parent(),
             )
 
     def log(self, name: str) -> Path:
@@ -64,14 +74,16 @@ class Processes:
 
     def kill(self, name: str) -> None:
         """``kill -9``."""
-        self._running.pop(name).kill()
+        process = self._running.pop(name)
+        process.kill()
+        process.wait()
 
     def check(self) -> None:
         """Raise an error with the end of its log if a process has ended by itself."""
         for name, process in self._running.items():
             if process.poll() is not None:
                 lines = self.log(name).read_text(errors="replace").splitlines()[-15:]
-                raise RuntimeError(
+                raise ProcessEndedError(
                     f"{name} ended with status {process.returncode}. Its log "
                     f"({self.log(name)}) ends:\n" + "\n".join(lines)
                 )

@@ -89,12 +89,12 @@ class Store:
             raise
         self._database.commit()
 
-    def last(self) -> tuple[int, str]:
-        """Position and digest of the chain's last link."""
+    def last_link(self) -> Link | None:
+        """The chain's last link, if it has any."""
         row = self._database.execute(
-            "SELECT position, digest FROM links ORDER BY position DESC LIMIT 1"
+            "SELECT * FROM links ORDER BY position DESC LIMIT 1"
         ).fetchone()
-        return row or (0, EMPTY_DIGEST)
+        return Link(*row) if row else None
 
     def has(self, seq: int) -> bool:
         """Whether the file with this seq is in."""
@@ -117,7 +117,9 @@ class Store:
 
     def links(self) -> list[Link]:
         """The chain, in order."""
-        return [Link(*row) for row in self._database.execute("SELECT * FROM links ORDER BY position")]
+        return [
+            Link(*row) for row in self._database.execute("SELECT * FROM links ORDER BY position")
+        ]
 
     def with_words(self, words: list[str]) -> list[tuple[Link, int]]:
         """The files that contain all of the words, with the sum of their counts."""

@@ -8,11 +8,11 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from harness import BROKER_VARIABLE, Cluster
-from history import HISTORY_VARIABLE
 
 from celery_affinity.embedded import Server, find_binary, start_server
 from celery_affinity.exceptions import ConfigurationError
+from harness import BROKER_VARIABLE, Cluster
+from history import HISTORY_VARIABLE
 
 _clusters = pytest.StashKey[list[Cluster]]()
 

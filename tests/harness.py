@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
-from history import HISTORY_VARIABLE
 
 from celery_affinity.embedded import die_with_parent
+from history import HISTORY_VARIABLE
 
 T = TypeVar("T")
 
@@ -123,7 +123,7 @@ class Node:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 cwd=self._directory, env=self._environ, start_new_session=True,
-                preexec_fn=die_with_parent(),  # noqa: PLW1509 - one prctl call
+                preexec_fn=die_with_parent(),
             )
         self._group.add(self.pid)
 

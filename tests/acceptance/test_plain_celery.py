@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from acceptance.apps import plain
 from harness import Cluster, wait_for_ends
 from history import History, count_kinds

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from billiard.process import current_process
 from celery import Celery, Task
 from celery.exceptions import Retry
-from history import record
 
 from celery_affinity import Affinity, AffinityQueue, affinity_task, current
+from history import record
 
 
 def make_app(broker_url: str | None = None, **settings: Any) -> tuple[Celery, Affinity]:
@@ -49,6 +50,8 @@ def recorded(task: Task, tag: str, seq: int) -> Iterator[None]:
         "tag": tag, "seq": seq, "task_id": task.request.id, "worker": task.request.hostname,
         "retries": task.request.retries,
         "epoch": lease.epoch if lease else None, "attempt": lease.attempt if lease else None,
+        "slot": lease.slot if lease else None,
+        "process_index": getattr(current_process(), "index", None),
     }
     record("start", **fields)
     outcome = "aborted"  # what a stopped pool raises is no Exception

@@ -6,6 +6,7 @@ import os
 import time
 
 from celery import Celery, Task
+
 from history import record
 
 
