@@ -27,7 +27,9 @@ CREATE TABLE postings (
 ) WITHOUT ROWID;
 """
 
-#: Whoever waits longer for another process' transaction fails.
+#: Whoever waits longer for another process' transaction fails. SQLite's waiting is unfair,
+#: which is kind to plain Celery: with a first-come lock (flock) a hot tag changed hands with every
+#: file, three times as often, and plain Celery took four times as long.
 _LOCK_SECONDS = 60.0
 
 

@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# pytest-celery and the tests start `celery` by its name.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.dev ## Create .venv with all that development needs
+
+demo: $(VENV)/.demo ## Index all of .venv, beside plain Celery (KILL=1: kill a worker half way)
+	$(BIN)/python -m demo.run
+
+test: $(VENV)/.dev ## Run the tests (server: on PATH, else embedded)
+	$(BIN)/python -m pytest -n 2 tests
+
+check: $(VENV)/.dev ## Lint, check types and import directions
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev ## Compare with plain Celery: throughput, latency, commands and CPU of a task
+	$(BIN)/python -m benchmarks.run
+
+clean: ## Remove .venv and everything that was generated
+	rm -rf $(VENV) build dist *.egg-info demo/var benchmarks/raw .*_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each set of extras, so that a second run installs nothing.
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test,dev]'
+	@touch $(VENV)/.demo $@

@@ -1,0 +1,1 @@
+"""Affinity against plain Celery, alternating in one run on one embedded server."""

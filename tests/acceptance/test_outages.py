@@ -1,0 +1,165 @@
+"""Redis that goes, comes back, or drops its connections: nothing is lost, and little is said."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from acceptance.support import (
+    APP,
+    LEAN,
+    QUICK,
+    WORKER_ONLY,
+    Producer,
+    leading,
+    runs,
+    start,
+    starts_are,
+    wait_for_nodes,
+)
+from celery_affinity.embedded import Server
+from harness import Cluster, Node, wait_for_ends, wait_until
+from history import History
+
+pytestmark = pytest.mark.acceptance
+
+TAGS = [f"tag-{number}" for number in range(8)]
+#: What the library logs when Redis goes, and when it is back; one line each for every part of a
+#: node: its heartbeat, its scheduler, the gates of its processes.
+GONE, BACK = "does not answer (", "answers again"
+
+
+@pytest.fixture
+def server(aof_server: Server) -> Server:
+    """Every server here loses no write when it is killed."""
+    return aof_server
+
+
+@pytest.fixture
+def producer(cluster: Cluster) -> Producer:
+    return Producer(cluster.broker_url)
+
+
+def lines(node: Node, text: str) -> list[str]:
+    return [line for line in node.log_text(all_starts=True).splitlines() if text in line]
+
+
+def all_done(history_path: Path) -> None:
+    wait_until(
+        lambda: History.load(history_path).violations(allow_rerun=True) == [], 30, "all done"
+    )
+
+
+def test_a_reconnected_worker_loses_nothing(
+    cluster: Cluster, server: Server, history_path: Path, producer: Producer
+) -> None:
+    workers = start(cluster, "w1", "w2")
+    wait_for_nodes(producer.affinity, 2)
+    producer.send_each(TAGS * 3, 10, ms=12)
+    client = server.client()
+    for cut in range(1, 5):
+        wait_until(starts_are(history_path, cut * 40), what=f"{cut * 40} starts")
+        client.client_kill_filter(_type="normal", skipme=True)
+
+    wait_for_ends(history_path, producer.sent)
+    history = History.load(history_path)
+    history.assert_lawful()
+    assert history.reruns() == 0
+    again = sum(line.count("sent again") for node in workers for line in lines(node, "sent again"))
+    reconnects = [len(lines(node, "Connected to redis")) - 1 for node in workers]
+    print(f"reconnects {reconnects}, {again} beats that had messages sent again")
+    assert min(reconnects) >= 1
+    assert all(node.alive for node in workers)
+
+
+def test_everything_restarted_at_once_loses_nothing(
+    cluster: Cluster, server: Server, history_path: Path, producer: Producer
+) -> None:
+    nodes = start(cluster, "w1", "w2")
+    beat = cluster.nodes[-1]
+    wait_for_nodes(producer.affinity, 2)
+    producer.send_each(TAGS * 2, 10, ms=20)
+    wait_until(starts_are(history_path, 30), what="30 starts")
+
+    for node in (*nodes, beat):
+        node.destroy()
+    server.kill()
+    server.start()
+    restarted = time.monotonic()
+    for node in (*nodes, beat):
+        node.start()
+
+    all_done(history_path)
+    history = History.load(history_path)
+    last = max(run.end or 0 for run in history.runs) / 1e9
+    print(f"all done {last - restarted:.2f} s after the restart; {history.reruns()} reruns")
+    assert history.reruns() <= 4, "one for each slot"
+    wait_for_nodes(producer.affinity, 2)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_redis_down_at_start_is_waited_for(
+    cluster: Cluster, server: Server, history_path: Path, producer: Producer, pool: str
+) -> None:
+    producer.send_each(TAGS, 5)
+    server.kill()
+    worker = cluster.worker(
+        APP, queues="jobs", concurrency=2, pool=pool, environ={**QUICK, **WORKER_ONLY}, extra=LEAN
+    )
+    beat = cluster.beat(APP, environ=QUICK)
+    worker.wait_for_log("Cannot connect to redis")
+    beat.wait_for_log(GONE)
+    # Long enough for the scheduler, which tries every half second, to say it again if it did;
+    # and longer than Celery gives a new process to come up.
+    wait_until(lambda: len(lines(worker, "Cannot connect to redis")) >= 2, 20, "more tries")
+
+    server.start()
+    wait_for_ends(history_path, producer.sent)
+    History.load(history_path).assert_lawful()
+    beat.wait_for_log(BACK)
+    print([line for node in (worker, beat) for line in lines(node, GONE) + lines(node, BACK)])
+    assert len(lines(beat, GONE)) == len(lines(beat, BACK)) == 1
+    assert worker.alive
+    assert not lines(worker, "Timed out waiting for UP message")
+    assert not lines(worker, "exited with")
+    assert "Traceback" not in beat.log_text()
+
+
+@pytest.mark.parametrize("how", ["killed", "paused"])
+def test_redis_that_goes_in_the_middle_is_waited_for(
+    cluster: Cluster, server: Server, history_path: Path, producer: Producer, how: str
+) -> None:
+    (worker,) = start(cluster, "w1", beat=False)
+    wait_for_nodes(producer.affinity, 1)
+    leading(producer.affinity, [worker])
+    random.seed(1)
+    producer.send_each(TAGS * 2, 10, ms=random.uniform(5, 15))
+    wait_until(starts_are(history_path, 30), what="30 starts")
+
+    if how == "killed":
+        server.kill()
+        wait_until(lambda: len(lines(worker, GONE)) >= 2, what="the scheduler and a heartbeat")
+        started = len(runs(history_path))
+        # Another try of Celery's own connection, which waits 2 s and then 4 s.
+        wait_until(lambda: len(lines(worker, "Trying again in 4")) >= 1, what="another try")
+        assert len(runs(history_path)) == started, "nothing starts without the ledger"
+        server.start()
+    else:
+        server.pause()
+        time.sleep(3)  # not for synchronisation: the length of the outage, past the timeouts
+        server.resume()
+
+    wait_for_ends(history_path, producer.sent)
+    all_done(history_path)
+    history = History.load(history_path)
+    gone, back = lines(worker, GONE), lines(worker, BACK)
+    print(f"{how}: {history.reruns()} reruns, {len(gone)} lines gone, {len(back)} lines back")
+    assert worker.alive
+    # One line for each part that noticed: heartbeat, scheduler, two processes.
+    assert len(gone) <= 4, gone
+    wait_until(lambda: len(lines(worker, BACK)) == len(gone), what="as many lines that it is back")
+    assert "Scheduling of 'jobs' failed" not in worker.log_text()
+    assert history.reruns() == 0 or how == "paused"

@@ -1,0 +1,261 @@
+"""Workers and leaders that die: what they held runs elsewhere, in order, and soon."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from acceptance.support import (
+    APP,
+    HEARTBEAT_TIMEOUT_SECONDS,
+    LEADER_TTL_SECONDS,
+    LEAN,
+    QUICK,
+    WORKER_ONLY,
+    EventLog,
+    Producer,
+    held_tags,
+    leading,
+    runs,
+    start,
+    starts_are,
+    wait_for_nodes,
+    wait_for_run,
+)
+from celery_affinity.types import WorkerRecord
+from harness import RESULTS_VARIABLE, Cluster, Node, wait_for_ends, wait_until
+from history import History, Run
+
+pytestmark = pytest.mark.acceptance
+
+TAGS = [f"tag-{number}" for number in range(8)]
+
+
+@pytest.fixture
+def producer(cluster: Cluster) -> Producer:
+    return Producer(cluster.broker_url)
+
+
+def first_starts(found: list[Run], after: float, wanted: Callable[[Run], bool]) -> dict[str, float]:
+    """Seconds from a moment to each tag's first wanted start after it."""
+    firsts: dict[str, float] = {}
+    for run in found:
+        if run.start / 1e9 > after and wanted(run):
+            firsts.setdefault(run.tag, run.start / 1e9 - after)
+    return firsts
+
+
+def record_of(producer: Producer, node: Node) -> WorkerRecord:
+    return next(found for found in producer.affinity.workers() if found.name == node.name)
+
+
+def test_a_killed_workers_tags_run_elsewhere_within_the_heartbeat_timeout(
+    cluster: Cluster, history_path: Path, producer: Producer
+) -> None:
+    victim, _ = start(cluster, "w1", "w2")
+    wait_for_nodes(producer.affinity, 2)
+    producer.send_each(TAGS * 2, 10, ms=30)
+    wait_until(starts_are(history_path, 40), what="40 starts")
+    held = wait_until(lambda: held_tags(record_of(producer, victim)), what="tags of the victim")
+
+    killed = time.monotonic()
+    victim.kill9()
+
+    wait_for_ends(history_path, 160 - len(held))
+    wait_until(lambda: History.load(history_path).violations(allow_rerun=True) == [], 20)
+    history = History.load(history_path)
+    elsewhere = first_starts(history.runs, killed, lambda run: run.worker != victim.name)
+    print(
+        f"{held} ran elsewhere after {[round(elsewhere[tag], 2) for tag in held]} s; "
+        f"{history.reruns()} reruns"
+    )
+    assert all(elsewhere[tag] <= HEARTBEAT_TIMEOUT_SECONDS + 1 for tag in held)
+    assert history.reruns() <= 2, "a task more than once, for each slot of the victim"
+
+
+@pytest.mark.parametrize("how, ceiling", [("kill9", LEADER_TTL_SECONDS + 1), ("term", 1.0)])
+def test_a_leader_that_goes_is_replaced(
+    cluster: Cluster, history_path: Path, producer: Producer, how: str, ceiling: float
+) -> None:
+    """Killed: within its time to live. Stopped: at once."""
+    start(cluster, "w1", beat=False)[0].destroy()
+    cluster.worker(
+        APP, "w2", queues="jobs", concurrency=2, environ={**QUICK, **WORKER_ONLY}, extra=LEAN
+    )
+    beats = [cluster.beat(APP, name, environ=QUICK) for name in ("beat-1", "beat-2")]
+    wait_for_nodes(producer.affinity, 1)
+    leader = leading(producer.affinity, beats)
+    for beat in beats:
+        beat.wait_ready()
+    producer.send_each(TAGS)
+    wait_for_ends(history_path, len(TAGS))
+
+    gone = time.monotonic()
+    getattr(leader, how)()
+    producer.send_each(TAGS)
+
+    wait_for_ends(history_path, 2 * len(TAGS))
+    history = History.load(history_path)
+    history.assert_lawful()
+    seconds = min(first_starts(history.runs, gone, lambda run: run.seq == 1).values())
+    print(f"{how}: dispatch {seconds:.2f} s later")
+    assert seconds <= ceiling
+    assert leading(producer.affinity, beats) is not leader
+
+
+@pytest.mark.parametrize("victim", ["the leader", "the other"])
+def test_with_role_both_whichever_dies_the_other_goes_on(
+    cluster: Cluster, history_path: Path, producer: Producer, victim: str
+) -> None:
+    nodes = start(cluster, "w1", "w2", beat=False)
+    wait_for_nodes(producer.affinity, 2)
+    leader = leading(producer.affinity, nodes)
+    dies = next(node for node in nodes if (node is leader) == (victim == "the leader"))
+    producer.send_each(TAGS * 2, 5, ms=30)
+    wait_until(starts_are(history_path, 20), what="20 starts")
+
+    killed = time.monotonic()
+    dies.kill9()
+    producer.send_each(["new"], 2)
+
+    wait_until(
+        lambda: History.load(history_path).violations(allow_rerun=True) == [], 30, "all done"
+    )
+    history = History.load(history_path)
+    new = first_starts(history.runs, killed, lambda run: run.tag == "new")["new"]
+    print(f"{victim} died: a new tag started {new:.2f} s later, {history.reruns()} reruns")
+    assert new <= LEADER_TTL_SECONDS + 1
+    assert history.reruns() <= 2
+
+
+def test_a_warm_stop_gives_back_what_it_had_not_started(
+    cluster: Cluster, history_path: Path, producer: Producer
+) -> None:
+    # The default heartbeat: nothing may depend on a rescue.
+    stopped, other = (
+        cluster.worker(APP, name, queues="jobs", concurrency=2, environ=WORKER_ONLY, extra=LEAN)
+        for name in ("w1", "w2")
+    )
+    cluster.beat(APP)
+    wait_for_nodes(producer.affinity, 2)
+    producer.send_each(TAGS * 2, 10, ms=20)
+    wait_until(starts_are(history_path, 40), what="40 starts")
+    held = wait_until(lambda: held_tags(record_of(producer, stopped)), what="tags to give back")
+
+    term = time.monotonic()
+    stopped.term()
+    assert stopped.wait() == 0
+    took = time.monotonic() - term
+
+    wait_for_ends(history_path, producer.sent)
+    history = History.load(history_path)
+    history.assert_lawful()
+    assert history.reruns() == 0
+    elsewhere = first_starts(history.runs, term, lambda run: run.worker == other.name)
+    waits = {tag: round(elsewhere[tag], 2) for tag in held}
+    print(f"the stop took {took:.2f} s; its tags ran elsewhere after {waits} s")
+    log = stopped.log_text()
+    assert "went back to the head of their tags" in log
+    assert log.count("Left the ledger; 0 tasks given back.") == 1, "all was given back before"
+    assert not producer.affinity.workers()[1:]
+
+
+def test_a_cold_stop_loses_nothing(
+    cluster: Cluster, history_path: Path, producer: Producer
+) -> None:
+    # The default heartbeat: nothing may depend on a rescue.
+    stopped, other = (
+        cluster.worker(APP, name, queues="jobs", concurrency=2, environ=WORKER_ONLY, extra=LEAN)
+        for name in ("w1", "w2")
+    )
+    cluster.beat(APP)
+    wait_for_nodes(producer.affinity, 2)
+    producer.send_each(TAGS * 2, 2, ms=400)
+    wait_until(starts_are(history_path, 5), what="5 starts")
+
+    quit_at = time.monotonic()
+    stopped.quit()
+    stopped.wait()
+    took = time.monotonic() - quit_at
+
+    wait_until(
+        lambda: History.load(history_path).violations(allow_rerun=True) == [], 30, "all done"
+    )
+    history = History.load(history_path)
+    again = [run for run in history.runs if run.attempt and run.attempt > 1]
+    print(f"the stop took {took:.2f} s; {history.reruns()} reruns, {len(again)} with attempt > 1")
+    assert {run.worker for run in again} <= {other.name}
+    assert history.reruns() <= 2
+
+
+def test_a_killed_child_gives_its_task_back(
+    cluster: Cluster, history_path: Path, producer: Producer
+) -> None:
+    results = {RESULTS_VARIABLE: "1"}
+    worker = cluster.worker(
+        APP, queues="jobs", concurrency=2, environ={**QUICK, **results}, extra=(*LEAN, "-E")
+    )
+    wait_for_nodes(producer.affinity, 1)
+    with EventLog(producer.app) as log:
+        producer.send("tag", ms=100)
+        (second,) = producer.send("tag", ms=1300)  # longer than two heartbeats
+        producer.send("tag", 2, ms=100)
+        victim = wait_for_run(history_path, lambda run: run.seq == 1)
+
+        os.kill(victim.pid, signal.SIGKILL)
+
+        again = wait_for_run(history_path, lambda run: run.seq == 1 and run.attempt == 2)
+        wait_for_ends(history_path, 4)
+        wait_until(lambda: "task-succeeded" in log.of(second.id), what="the success event")
+    history = History.load(history_path)
+    history.assert_lawful(allow_rerun=True, lease_within="worker")
+    assert [(run.seq, run.attempt) for run in history.runs] == [(0, 1), (1, 1), (1, 2), (2, 1), (3, 1)]
+    print(f"attempt 2 started {(again.start - victim.start) / 1e9:.2f} s after attempt 1")
+    assert "task-failed" not in log.of(second.id), log.of(second.id)
+    assert "WorkerLostError" not in worker.log_text().replace("is gone (", "")
+
+
+def test_a_frozen_worker_registers_anew_and_loses_nothing(
+    cluster: Cluster, history_path: Path, producer: Producer
+) -> None:
+    frozen, other = start(cluster, "w1", "w2")
+    wait_for_nodes(producer.affinity, 2)
+    producer.send_each(TAGS, 12, ms=50)
+    wait_until(starts_are(history_path, 10), what="10 starts")
+    before = record_of(producer, frozen)
+
+    frozen_at = time.monotonic()
+    frozen.stop_process(tree=True)
+    wait_until(lambda: len(producer.affinity.workers()) == 1, 10, "the rescue")
+    rescued_at = time.monotonic()
+    wait_for_run(history_path, lambda run: run.start / 1e9 > rescued_at and run.tag in held_tags(before))
+    frozen.cont(tree=True)
+
+    wait_for_nodes(producer.affinity, 2, timeout=5)
+    assert "registers anew" in frozen.log_text()
+    producer.send_each(TAGS, 2, ms=50)
+    done = {(tag, seq) for tag in TAGS for seq in range(14)}
+    wait_until(
+        lambda: done <= {(run.tag, run.seq) for run in runs(history_path) if run.is_done}, 30, "all"
+    )
+    history = History.load(history_path)
+    # Declared: what ran in the frozen worker may overlap with its second run. Nothing else may.
+    cut = {id(run) for run in history.runs if is_cut(run, frozen, frozen_at, rescued_at)}
+    assert len(cut) <= 2, "one task for each slot"
+    rest = History([run for run in history.runs if id(run) not in cut], history.submits)
+    rest.assert_lawful(allow_rerun=False)
+    print(f"rescued after {rescued_at - frozen_at:.2f} s; {len(cut)} tasks ran twice")
+    assert history.reruns() == len(cut)
+    anew = [run for run in history.runs if run.worker == frozen.name and run.start / 1e9 > rescued_at]
+    assert anew, "it works again"
+
+
+def is_cut(run: Run, frozen: Node, frozen_at: float, rescued_at: float) -> bool:
+    """Whether the freeze caught this run."""
+    started, ended = run.start / 1e9, (run.end or 0) / 1e9
+    return run.worker == frozen.name and started < rescued_at and (not ended or ended > rescued_at)
