@@ -175,11 +175,12 @@ class Gate:
         running = _run.set(run)
         outcome = "done"
         try:
-            return tracer(uuid, args, kwargs, request)
-        except Exception as error:
-            # Reject leaves the tracer; anything else here is the tracer's own failure.
-            outcome = "again" if getattr(error, "requeue", False) else "done"
-            raise
+            answer = tracer(uuid, args, kwargs, request)
+            if _asks_for_requeue(answer):
+                outcome = "again"
+            return answer
+        except Exception:
+            raise  # the tracer's own failure
         except BaseException:
             # The process is being stopped: its parent reports what becomes of this task. Without
             # processes there is nobody else to do so.
@@ -278,6 +279,12 @@ class Gate:
                 threading.current_thread().name,
                 extra={"action": "redis_gone"},
             )
+
+
+def _asks_for_requeue(answer: Any) -> bool:
+    """Whether the task raised ``Reject(requeue=True)``, which Celery's tracer returns."""
+    error = getattr(getattr(answer, "retval", None), "exception", None)
+    return getattr(getattr(error, "exc", error), "requeue", False) is True
 
 
 def _started_at() -> str:

@@ -27,6 +27,7 @@ from celery.app.trace import trace_ok_t
 from celery.concurrency import get_implementation
 from celery.concurrency.asynpool import AsynPool
 from celery.concurrency.prefork import TaskPool as PreforkPool
+from celery.worker import state as worker_state
 
 from celery_affinity.exceptions import ConfigurationError
 from celery_affinity.gate import Gate, Run, current_run
@@ -225,6 +226,10 @@ class SlotPool(AsynPool):  # type: ignore[misc]
 
     def _feed(self, slot: int) -> None:
         """Write the slot's next job to its process, if that is up and idle."""
+        if worker_state.should_stop is not None:
+            # The drain gives it back. Written now, it would be forgotten by the pool before its
+            # process answers, which then waits 30 s for that answer to be counted.
+            return
         waiting = self.slot_buffers.get(slot)
         while waiting and waiting[0]._accepted:
             waiting.popleft()

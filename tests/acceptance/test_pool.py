@@ -90,9 +90,7 @@ def test_the_parent_sleeps_while_a_job_waits_for_its_busy_process(
     History.load(history_path).assert_lawful([("busy", 0), ("busy", 1)], lease_within="process")
 
 
-def test_a_replaced_child_keeps_its_slot(
-    cluster: Cluster, history_path: Path
-) -> None:
+def test_a_replaced_child_keeps_its_slot(cluster: Cluster, history_path: Path) -> None:
     make_app(cluster.broker_url)
     sent = [(f"tag-{tag}", seq) for seq in range(14) for tag in range(3)]
     for tag, seq in sent:
