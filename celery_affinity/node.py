@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -74,8 +75,9 @@ class Node:
         self._started = False
         self._gate: tuple[int, Gate] | None = None
 
-    def _scripts(self) -> Scripts:
-        return Scripts(connect(self._url), Keys(self._settings.namespace))
+    def _scripts(self, single_threaded: bool = False) -> Scripts:
+        keys = Keys(self._settings.namespace)
+        return Scripts(connect(self._url), keys, single_threaded=single_threaded)
 
     @property
     def slots(self) -> int:
@@ -122,14 +124,15 @@ class Node:
             self._gate[1].close()
 
     def _make_gate(self, slot: int | None) -> Gate:
+        in_process = slot is None
         return Gate(
-            connect=self._scripts,
+            connect=partial(self._scripts, single_threaded=not in_process),
             refusal=internals.refusal,
             queue_names={queue.state: queue.name for queue in self.serves},
             node=self.name,
             incarnation=self.incarnation,
             slot=slot if self.slots_are_processes else None,
-            in_process=slot is None,
+            in_process=in_process,
             ordinary=self._ordinary,
         )
 

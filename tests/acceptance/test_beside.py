@@ -86,6 +86,24 @@ def test_an_ordinary_task_gets_its_turn_beside_busy_tags(
     assert max(waits) < 2, "they do not wait for the end of the backlog"
 
 
+def test_an_affinity_task_gets_its_turn_beside_many_ordinary_ones(
+    cluster: Cluster, history_path: Path, producer: Producer
+) -> None:
+    cluster.worker(APP, queues="jobs,ordinary", concurrency=2, environ=QUICK, extra=LEAN)
+    names = [f"ordinary-{number}" for number in range(200)]
+    for name in names:
+        producer.send(name, ms=20, task="plain_work")
+    wait_for_run(history_path, lambda run: run.tag == names[10])
+    producer.send_each(("a", "b"), 3, ms=5)
+
+    wait_for_ends(history_path, producer.sent)
+    history = History.load(history_path)
+    history.assert_lawful()
+    waits = {tag: [round(wait, 2) for wait in history.waits()[tag]] for tag in ("a", "b")}
+    print("affinity tasks waited", waits)
+    assert max(max(of_tag) for of_tag in waits.values()) < 1.5, "not until the ordinary ones are done"
+
+
 def test_ordinary_tasks_alone_work_and_without_q_a_worker_serves_both(
     cluster: Cluster, history_path: Path, producer: Producer
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from celery_affinity.scripts import Scripts
+
 from .conftest import Bench
 
 
@@ -196,3 +198,22 @@ def test_a_task_that_its_parent_ended_settles_when_its_process_is_replaced(bench
 def _state(bench: Bench) -> dict[bytes, object]:
     prefix = bench.scripts.keys.prefix
     return {k: bench.client.dump(k) for k in bench.client.scan_iter(match=f"{prefix}*")}
+
+
+def test_calls_over_an_own_connection_survive_its_loss_and_an_emptied_script_cache(
+    bench: Bench,
+) -> None:
+    bench.scripts = Scripts(bench.client, bench.scripts.keys, single_threaded=True)
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", *range(3))
+    bench.admit()
+    ran = []
+    for trouble in (lambda: None, bench.client.script_flush, bench.scripts._connection.disconnect):
+        copy = node.take()
+        trouble()
+        assert copy.start() == 1
+        trouble()
+        copy.settle()
+        ran.append(copy.id)
+    assert ran == ["a-0", "a-1", "a-2"]
