@@ -30,6 +30,7 @@ from itertools import count
 from typing import Any
 from uuid import uuid4
 
+from celery.exceptions import Reject
 from redis.exceptions import RedisError
 
 from celery_affinity import context
@@ -176,28 +177,33 @@ class Gate:
         outcome = "done"
         try:
             answer = tracer(uuid, args, kwargs, request)
-            if _asks_for_requeue(answer):
+            if _asks_for_requeue(getattr(answer, "retval", None)):
                 outcome = "again"
             return answer
-        except Exception:
-            raise  # the tracer's own failure
-        except BaseException:
-            # The process is being stopped: its parent reports what becomes of this task. Without
-            # processes there is nobody else to do so.
-            outcome = ""
-            if self._in_process:
-                self._patiently(
-                    lambda: self._scripts.lost(
-                        stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.state
-                    )
-                )
-                self._release(stamp.slot, "lost")
+        except BaseException as error:
+            if _asks_for_requeue(error):
+                outcome = "again"
+            elif not isinstance(error, Exception):
+                outcome = ""
+                self._process_stops(stamp)
             raise
         finally:
             _run.reset(running)
             if outcome:
                 self._settle(run, queue, tag, outcome)
             context.leave(here)
+
+    def _process_stops(self, stamp: Stamp) -> None:
+        """The task did not end, it was stopped: its parent reports what becomes of it. Without
+        processes there is nobody else to do so.
+        """
+        if self._in_process:
+            self._patiently(
+                lambda: self._scripts.lost(
+                    stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.state
+                )
+            )
+            self._release(stamp.slot, "lost")
 
     def _settle(self, run: Run, queue: str, tag: str, outcome: str) -> None:
         stamp = run.stamp
@@ -281,10 +287,11 @@ class Gate:
             )
 
 
-def _asks_for_requeue(answer: Any) -> bool:
-    """Whether the task raised ``Reject(requeue=True)``, which Celery's tracer returns."""
-    error = getattr(getattr(answer, "retval", None), "exception", None)
-    return getattr(getattr(error, "exc", error), "requeue", False) is True
+def _asks_for_requeue(result: Any) -> bool:
+    """Whether it is ``Reject(requeue=True)``: the tracer returns it, or raises it from a hook."""
+    error = getattr(result, "exception", result)
+    error = getattr(error, "exc", error)
+    return isinstance(error, Reject) and bool(getattr(error, "requeue", False))
 
 
 def _started_at() -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -189,14 +189,18 @@ class SlotPool(AsynPool):  # type: ignore[misc]
 
     A job whose process is busy (or being replaced) waits in a buffer of its slot, outside of
     `outbound_buffer`: with jobs in there that no ready process may take, the event loop would
-    spin. Ordinary jobs go the stock way.
+    spin. Ordinary jobs go the stock way, and have their turn after some dispatched ones.
     """
+
+    #: Dispatched jobs that a process runs in a row while ordinary ones wait.
+    ROW = 10
 
     _quick_put: Any
     _put_back: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.slot_buffers: dict[int, deque[Any]] = {}
+        self._rows: Counter[int] = Counter()
         super().__init__(*args, **kwargs)
 
     def _create_write_handlers(self, hub: Any, **kwargs: Any) -> None:
@@ -241,7 +245,11 @@ class SlotPool(AsynPool):  # type: ignore[misc]
             return
         if fd in self._busy_workers or fd in self._active_writes:
             return
-        self.outbound_buffer.appendleft(waiting.popleft())
+        if self.outbound_buffer and self._rows[slot] >= self.ROW:
+            self._rows[slot] = 0
+        else:
+            self._rows[slot] += 1
+            self.outbound_buffer.appendleft(waiting.popleft())
         self._schedule_writes([fd])
 
     def on_job_ready(self, job: Any, i: Any, obj: Any, inqW_fd: int) -> None:

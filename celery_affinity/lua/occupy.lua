@@ -2,7 +2,8 @@
 --
 -- KEYS[1] namespace prefix
 -- ARGV    incarnation, slot or '' (a pool whose slots have no identity), token
--- Returns 1; 0 not registered. What was dispatched to the slot but has not started goes back.
+-- Returns 1; 0 not registered. What was dispatched to the slot but has not started goes to another
+-- slot if one is free. Else it stays and is next in this one: affinity and ordinary tasks take turns.
 -- Without a free slot the next one that gets free is owed to the task.
 -- @include base
 -- @include ring
@@ -24,7 +25,7 @@ if i == '-' then
 end
 withdraw_idle(inc, i, w)
 local l, leased = load_lease(inc, i)
-if leased then
+if leased and redis.call('ZCARD', queue_key(l.q, 'idle')) > 0 then
   take_back(l, false)
   if #l.out == 0 then
     release(l, true)

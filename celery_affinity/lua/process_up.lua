@@ -11,11 +11,9 @@ local inc, i = ARGV[1], ARGV[2]
 local w = worker(inc)
 if not w then return 0 end
 local busy = worker_key(inc, 'busy')
+local was_busy = occupied(inc, i)
 for _, token in ipairs(redis.call('HKEYS', busy)) do
-  if redis.call('HGET', busy, token) == i then
-    redis.call('HDEL', busy, token)
-    take(inc, i, w)
-  end
+  if redis.call('HGET', busy, token) == i then redis.call('HDEL', busy, token) end
 end
 local l, leased = load_lease(inc, i)
 if leased and l.out[1] and l.out[1].token then
@@ -23,5 +21,7 @@ if leased and l.out[1] and l.out[1].token then
   release(l, true)
   take(inc, i, w)
   match(l.q, 10)
+elseif was_busy and not leased then
+  take(inc, i, w)
 end
 return 1

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +15,6 @@ from celery_affinity import Affinity
 from celery_affinity.types import SlotRecord, WorkerRecord
 from harness import Cluster, LineCounter, Node, wait_until
 from history import History, Run, record
-
-__all__ = (
-    "APP",
-    "LEAN",
-    "QUICK",
-    "WORKER_ONLY",
-    "EventLog",
-    "Producer",
-    "keys_with",
-    "leading",
-    "per_second",
-    "runs",
-    "slots",
-    "starts_are",
-    "wait_for_nodes",
-    "wait_for_run",
-)
 
 APP = "acceptance.apps.affinity_app"
 #: Where a law is not about the defaults.
@@ -143,6 +124,19 @@ def wait_for_nodes(affinity: Affinity, count: int, timeout: float = 40.0) -> Non
     wait_until(lambda: len(affinity.workers()) == count, timeout, f"{count} registered workers")
 
 
+def finished(history_path: Path, timeout: float = 30.0) -> History:
+    """Wait until all that was submitted is done, and judge it; processes were killed."""
+
+    def losses() -> list[str]:
+        found = History.load(history_path).violations(allow_rerun=True)
+        return [str(violation) for violation in found if violation.kind == "loss"]
+
+    wait_until(lambda: not losses(), timeout, "the end of all tasks")
+    history = History.load(history_path)
+    history.assert_lawful(allow_rerun=True)
+    return history
+
+
 def leading(affinity: Affinity, nodes: Sequence[Node]) -> Node:
     """Wait for a leader; which of the nodes it is."""
 
@@ -191,14 +185,6 @@ def per_second(history: History) -> float:
     """Tasks ended in a second, from the first start to the last end."""
     ends = [run.end for run in history.runs if run.end is not None]
     return len(ends) / ((max(ends) - history.runs[0].start) / 1e9)
-
-
-@contextmanager
-def timed(what: str) -> Iterator[None]:
-    """Print how long something took."""
-    began = time.monotonic()
-    yield
-    print(f"{what}: {time.monotonic() - began:.2f} s")
 
 
 def start(cluster: Cluster, *names: str, concurrency: int = 2, beat: bool = True) -> list[Node]:

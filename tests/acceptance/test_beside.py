@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -68,10 +67,11 @@ def test_an_ordinary_task_occupies_only_its_slot(
     assert len(later) == 2, "afterwards its slot takes leases again"
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_an_ordinary_task_gets_its_turn_beside_busy_tags(
-    cluster: Cluster, history_path: Path, producer: Producer
+    cluster: Cluster, history_path: Path, producer: Producer, pool: str
 ) -> None:
-    cluster.worker(APP, queues="jobs,ordinary", concurrency=2, environ=QUICK, extra=LEAN)
+    cluster.worker(APP, queues="jobs,ordinary", pool=pool, concurrency=2, environ=QUICK, extra=LEAN)
     producer.send_each(("a", "b", "c"), 60, ms=20)
     wait_for_run(history_path, lambda run: run.seq == 3)
     ordinary = [f"ordinary-{number}" for number in range(3)]
@@ -86,10 +86,11 @@ def test_an_ordinary_task_gets_its_turn_beside_busy_tags(
     assert max(waits) < 2, "they do not wait for the end of the backlog"
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_an_affinity_task_gets_its_turn_beside_many_ordinary_ones(
-    cluster: Cluster, history_path: Path, producer: Producer
+    cluster: Cluster, history_path: Path, producer: Producer, pool: str
 ) -> None:
-    cluster.worker(APP, queues="jobs,ordinary", concurrency=2, environ=QUICK, extra=LEAN)
+    cluster.worker(APP, queues="jobs,ordinary", pool=pool, concurrency=2, environ=QUICK, extra=LEAN)
     names = [f"ordinary-{number}" for number in range(200)]
     for name in names:
         producer.send(name, ms=20, task="plain_work")

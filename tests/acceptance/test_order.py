@@ -32,7 +32,9 @@ def producer(cluster: Cluster) -> Producer:
 def test_one_queue_one_worker_one_tag_runs_in_order(
     cluster: Cluster, history_path: Path, producer: Producer, pool: str, concurrency: int
 ) -> None:
-    cluster.worker(APP, queues="jobs", pool=pool, concurrency=concurrency, extra=LEAN)
+    cluster.worker(
+        APP, queues="jobs", pool=pool, concurrency=concurrency, extra=LEAN
+    ).wait_ready()
     for _ in range(10):
         producer.send("only", BURST, ms=random.uniform(0, 4))
 

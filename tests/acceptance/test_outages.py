@@ -14,6 +14,7 @@ from acceptance.support import (
     QUICK,
     WORKER_ONLY,
     Producer,
+    finished,
     leading,
     runs,
     start,
@@ -45,12 +46,6 @@ def producer(cluster: Cluster) -> Producer:
 
 def lines(node: Node, text: str) -> list[str]:
     return [line for line in node.log_text(all_starts=True).splitlines() if text in line]
-
-
-def all_done(history_path: Path) -> None:
-    wait_until(
-        lambda: History.load(history_path).violations(allow_rerun=True) == [], 30, "all done"
-    )
 
 
 def test_a_reconnected_worker_loses_nothing(
@@ -92,8 +87,7 @@ def test_everything_restarted_at_once_loses_nothing(
     for node in (*nodes, beat):
         node.start()
 
-    all_done(history_path)
-    history = History.load(history_path)
+    history = finished(history_path)
     last = max(run.end or 0 for run in history.runs) / 1e9
     print(f"all done {last - restarted:.2f} s after the restart; {history.reruns()} reruns")
     assert history.reruns() <= 4, "one for each slot"
@@ -152,9 +146,7 @@ def test_redis_that_goes_in_the_middle_is_waited_for(
         time.sleep(3)  # not for synchronisation: the length of the outage, past the timeouts
         server.resume()
 
-    wait_for_ends(history_path, producer.sent)
-    all_done(history_path)
-    history = History.load(history_path)
+    history = finished(history_path)
     gone, back = lines(worker, GONE), lines(worker, BACK)
     print(f"{how}: {history.reruns()} reruns, {len(gone)} lines gone, {len(back)} lines back")
     assert worker.alive

@@ -178,25 +178,49 @@ def test_an_idle_ledger_has_no_key_for_any_tag(bench: Bench) -> None:
         assert not bench.client.exists(bench.queue_key(name)), name
 
 
-def test_an_ordinary_task_takes_its_slot_out_and_sends_its_unstarted_lease_elsewhere(
-    bench: Bench,
-) -> None:
+def test_an_ordinary_task_sends_its_slots_unstarted_lease_to_a_free_one(bench: Bench) -> None:
     bench.lead()
-    node, other = bench.node("n", slots=1), None
+    node, other = bench.node("n"), bench.node("m")
     bench.send("a", 1, 2)
     bench.admit()
+    if not bench.client.llen(node.list):
+        node, other = other, node
     copy = node.take()
-    bench.scripts.occupy("n", 0, "t")
-    bench.scripts.occupy("n", 0, "t")
+    bench.scripts.occupy(node.name, 0, "t")
+    bench.scripts.occupy(node.name, 0, "t")
     assert copy.start() == -1
-    other = bench.node("m", slots=1)
     assert other.drain_all() == ["a-1", "a-2"]
     bench.send("b", 1)
     bench.admit()
-    assert other.drain_all() == ["b-1"]
-    assert bench.scripts.vacate("n", "t")
-    assert not bench.scripts.vacate("n", "t")
+    assert other.drain_all() == ["b-1"], "an occupied slot gets no lease"
+    assert bench.scripts.vacate(node.name, "t")
+    assert not bench.scripts.vacate(node.name, "t")
     assert bench.client.zcard(bench.queue_key("idle")) == 2
+
+
+def test_without_a_free_slot_an_unstarted_lease_waits_for_the_ordinary_task(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", 1)
+    bench.admit()
+    copy = node.take()
+    bench.scripts.occupy("n", 0, "t")
+    assert copy.start() == 1
+    assert copy.settle() == "empty"
+    assert bench.client.zcard(bench.queue_key("idle")) == 0, "its slot is still occupied"
+    bench.scripts.vacate("n", "t")
+    assert bench.client.zcard(bench.queue_key("idle")) == 1
+
+
+def test_a_new_process_frees_its_slot_of_an_ordinary_task(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.scripts.occupy("n", 0, "t")
+    bench.send("a", 1)
+    bench.admit()
+    assert node.receive() is None
+    assert bench.scripts.process_up("n", 0)
+    assert node.drain_all() == ["a-1"]
 
 
 def test_an_ordinary_task_in_a_full_pool_gets_the_next_slot_that_is_free(bench: Bench) -> None:

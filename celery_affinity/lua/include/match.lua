@@ -23,10 +23,17 @@ local function next_tag(q)
   return nil
 end
 
+local function occupied(inc, i)
+  for _, slot in ipairs(redis.call('HVALS', worker_key(inc, 'busy'))) do
+    if slot == i then return true end
+  end
+  return false
+end
+
 -- Find work for a free slot, in turn over the worker's queues, or mark it as free. A slot that
 -- an ordinary task is owed goes to that one first.
 local function take(inc, i, w)
-  if not w.active then return end
+  if not w.active or occupied(inc, i) then return end
   local owed = redis.call('LPOP', worker_key(inc, 'owed'))
   if owed then
     redis.call('HSET', worker_key(inc, 'busy'), owed, i)
