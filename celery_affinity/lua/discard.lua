@@ -9,7 +9,7 @@
 -- @include deliver
 -- @include lease
 -- @include match
--- @include finish
+-- @include go_on
 local inc, i, entry, epoch, send = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local l, leased = load_lease(inc, i)
 if not leased or l.epoch ~= epoch then return 0 end

@@ -13,7 +13,7 @@
 -- @include lease
 -- @include match
 -- @include admit_entry
--- @include finish
+-- @include go_on
 local inc, i, entry, epoch, token, outcome = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local l, leased = load_lease(inc, i)
 if l.last_token == token then return l.last_answer end
