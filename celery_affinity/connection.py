@@ -12,7 +12,7 @@ from redis.retry import Retry
 
 from celery_affinity.exceptions import ConfigurationError
 
-__all__ = ("check_server", "connect", "same_server")
+__all__ = ("Reachability", "check_server", "connect", "same_server")
 
 #: Oldest Redis whose command set the scripts keep to (BLMOVE).
 MINIMUM_VERSION = (6, 2)
@@ -92,3 +92,35 @@ def _is_persistent(client: Redis, info: dict[str, object]) -> bool:
         return bool(client.config_get("save").get("save"))
     except ResponseError:
         return True  # CONFIG is forbidden: nothing can be said
+
+
+class Reachability:
+    """Logs one line when Redis stops answering, and one when it answers again.
+
+    Arguments:
+        who: What waits meanwhile, such as "heartbeats".
+    """
+
+    def __init__(self, logger: logging.Logger, who: str) -> None:
+        self._logger = logger
+        self._who = who
+        self._reachable = True
+
+    def answered(self) -> None:
+        """A command was answered."""
+        if not self._reachable:
+            self._reachable = True
+            self._logger.warning(
+                "Redis answers again: %s go on.", self._who, extra={"action": "redis_back"}
+            )
+
+    def unanswered(self, error: Exception) -> None:
+        """A command was not answered."""
+        if self._reachable:
+            self._reachable = False
+            self._logger.warning(
+                "Redis does not answer (%s): %s wait.",
+                error,
+                self._who,
+                extra={"action": "redis_gone"},
+            )

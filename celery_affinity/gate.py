@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -30,10 +29,11 @@ from itertools import count
 from typing import Any
 from uuid import uuid4
 
-from celery.exceptions import Reject
+from celery.exceptions import Reject, SoftTimeLimitExceeded
 from redis.exceptions import RedisError
 
 from celery_affinity import context
+from celery_affinity.connection import Reachability
 from celery_affinity.context import AffinityContext
 from celery_affinity.events import tag_acquired, tag_released
 from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp, tag_text
@@ -103,7 +103,7 @@ class Gate:
         self._held: dict[int, tuple[str, str, str]] = {}
         self._numbers = count(1)
         self._process = f"{os.getpid()}:{_started_at()}:{uuid4().hex[:8]}"
-        self._reachable = True
+        self._reachability = Reachability(logger, f"tasks of process {os.getpid()}")
 
     def process_up(self) -> None:
         """Tell the ledger that this slot has a new process."""
@@ -256,11 +256,13 @@ class Gate:
             try:
                 answer = call()
             except RedisError as error:
-                self._log_reachable(False, error)
+                self._reachability.unanswered(error)
                 time.sleep(pause)
                 pause = min(pause * 2, 1.0)
+            except SoftTimeLimitExceeded:
+                continue  # meant for the task, which does not run yet or any more
             else:
-                self._log_reachable(True)
+                self._reachability.answered()
                 return answer
 
     def _briefly(self, call: Callable[[], Any]) -> None:
@@ -268,23 +270,9 @@ class Gate:
         try:
             call()
         except RedisError as error:
-            self._log_reachable(False, error)
+            self._reachability.unanswered(error)
         else:
-            self._log_reachable(True)
-
-    def _log_reachable(self, reachable: bool, error: Exception | None = None) -> None:
-        if reachable == self._reachable:
-            return
-        self._reachable = reachable
-        if reachable:
-            logger.warning("The ledger answers again.", extra={"action": "redis_back"})
-        else:
-            logger.warning(
-                "The ledger does not answer (%s); thread %s waits.",
-                error,
-                threading.current_thread().name,
-                extra={"action": "redis_gone"},
-            )
+            self._reachability.answered()
 
 
 def _asks_for_requeue(result: Any) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
+from celery_affinity.connection import Reachability
 from celery_affinity.held import Held
 from celery_affinity.message import Stamp
 from celery_affinity.scripts import Scripts
@@ -58,7 +59,7 @@ class Reporter:
         self._draining = self._drained = self._stopping = False
         self._busy_slots: set[int] = set()
         self._to_vacate: deque[int] = deque()
-        self._reachable = True
+        self._reachability = Reachability(logger, "heartbeats")
 
     # Called by the worker's start and stop
 
@@ -140,7 +141,7 @@ class Reporter:
             return call()
         except RedisError as error:
             # Nothing is lost: the next heartbeats find the message missing.
-            self._log_reachable(False, error)
+            self._reachability.unanswered(error)
             return None
 
     # The heartbeat's thread
@@ -160,7 +161,7 @@ class Reporter:
                     scripts.vacate(self._incarnation, f"slot:{self._to_vacate.popleft()}")
                 self._beat(scripts, GRACE_MS)
             except RedisError as error:
-                self._log_reachable(False, error)
+                self._reachability.unanswered(error)
                 time.sleep(min(0.5, self._interval))
             except Exception:
                 logger.exception("The heartbeat failed.", extra={"action": "heartbeat_failed"})
@@ -170,7 +171,7 @@ class Reporter:
         registered, again, back = scripts.heartbeat(
             self._incarnation, f"{os.getpid()}.{next(self._beats)}", grace_ms, self.held.names()
         )
-        self._log_reachable(True)
+        self._reachability.answered()
         if again or back:
             logger.warning(
                 "%d messages were lost on the way and sent again, %d tasks taken back.",
@@ -205,16 +206,3 @@ class Reporter:
     def _clear_wake(self) -> None:
         if select.select([self._reader], [], [], 0)[0]:
             os.read(self._reader, 4096)
-
-    def _log_reachable(self, reachable: bool, error: Exception | None = None) -> None:
-        if reachable == self._reachable:
-            return
-        self._reachable = reachable
-        if reachable:
-            logger.warning("The ledger answers again.", extra={"action": "redis_back"})
-        else:
-            logger.warning(
-                "The ledger does not answer (%s); heartbeats wait.",
-                error,
-                extra={"action": "redis_gone"},
-            )

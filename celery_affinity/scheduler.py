@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
-from celery_affinity.connection import check_server
+from celery_affinity.connection import Reachability, check_server
 from celery_affinity.doorbell import Doorbell
 from celery_affinity.exceptions import ConfigurationError
 from celery_affinity.intake import Intake
@@ -66,7 +66,7 @@ class Scheduler:
         keys = scripts.keys
         self._arrivals = doorbells([*pending, keys.queue(queue.state, "wake")])
         self._vacancy = doorbells([keys.queue(queue.state, "vacant")])
-        self._reachable = True
+        self._reachability = Reachability(logger, f"tasks of {queue.name!r}")
         self._refused = ""
 
     def stop(self) -> None:
@@ -84,14 +84,14 @@ class Scheduler:
                     check_server(self._scripts.client, logger)
                     checked = True
                 wait = self._elector.claim()
-                self._answered()
+                self._reachability.answered()
                 if self._elector.term is None:
                     self._vacancy.wait(wait)
                 else:
                     self._lead()
             except RedisError as error:
                 self._elector.concede()
-                self._unanswered(error)
+                self._reachability.unanswered(error)
                 self._stopping.wait(RETRY_SECONDS)
             except ConfigurationError as error:
                 self._refuse(error)
@@ -178,22 +178,3 @@ class Scheduler:
             pass  # it cannot be told: the term ends by itself
         self._arrivals.close()
         self._vacancy.close()
-
-    def _answered(self) -> None:
-        if not self._reachable:
-            logger.warning(
-                "Redis answers again; scheduling of %r goes on.",
-                self._queue.name,
-                extra={"action": "redis_back", "queue": self._queue.name},
-            )
-        self._reachable = True
-
-    def _unanswered(self, error: RedisError) -> None:
-        if self._reachable:
-            logger.warning(
-                "Redis does not answer (%s); scheduling of %r waits.",
-                error,
-                self._queue.name,
-                extra={"action": "redis_gone", "queue": self._queue.name},
-            )
-        self._reachable = False

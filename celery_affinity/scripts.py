@@ -69,14 +69,19 @@ class Scripts:
             except RedisError:
                 # Not loaded, or the connection is gone: the pooled call below loads and retries.
                 # The scripts answer a repeat as they did the first time.
-                self._hang_up()
+                pass
         return script(keys=[self.keys.prefix, *lists], args=list(args))  # type: ignore[arg-type]
 
     def _call_directly(self, script: Script, args: Sequence[object]) -> Any:
         if self._connection is None:
             self._connection = self.client.connection_pool.get_connection()
-        self._connection.send_command("EVALSHA", script.sha, 1, self.keys.prefix, *args)
-        return self._connection.read_response()
+        try:
+            self._connection.send_command("EVALSHA", script.sha, 1, self.keys.prefix, *args)
+            return self._connection.read_response()
+        except BaseException:
+            # A time limit can strike between the two: the next call must not read this reply.
+            self._hang_up()
+            raise
 
     def _hang_up(self) -> None:
         if self._connection is not None:
