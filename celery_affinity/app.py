@@ -13,7 +13,7 @@ from celery_affinity import internals
 from celery_affinity.bootstep import ConsumerStep, WorkerStep
 from celery_affinity.connection import connect, same_server
 from celery_affinity.delivery import Delivery, SameRedisDelivery
-from celery_affinity.exceptions import ConfigurationError, UndeclaredQueueError
+from celery_affinity.exceptions import ConfigurationError, TagError, UndeclaredQueueError
 from celery_affinity.intake import no_tag
 from celery_affinity.keys import Keys
 from celery_affinity.ledger import Ledger
@@ -21,7 +21,7 @@ from celery_affinity.message import decoded_body
 from celery_affinity.node import Node
 from celery_affinity.service import SchedulerService
 from celery_affinity.settings import AffinityQueue, AffinitySettings, resolve
-from celery_affinity.task import TagFrom, derive_tag, task_options
+from celery_affinity.task import TagFrom, declare, derive_tag
 from celery_affinity.topology import RedisNames
 from celery_affinity.types import DeadLetter, LeaderRecord, QueueStats, TagRecord, WorkerRecord
 
@@ -119,8 +119,7 @@ class Affinity:
         **options: Any,
     ) -> Any:
         """Declare an affinity task of this app; see `affinity_task`."""
-        made = self.app.task(**task_options(tag_from, queue, options))
-        return made(fun) if fun is not None else made
+        return declare(self.app.task, fun, tag_from, queue, options)
 
     # Reading the ledger
 
@@ -131,7 +130,7 @@ class Affinity:
     def _declared(self, queue: str) -> AffinityQueue:
         found = self.settings.queue(queue)
         if found is None:
-            raise UndeclaredQueueError("(this call)", queue, self.settings.queue_names)
+            raise UndeclaredQueueError(queue, self.settings.queue_names)
         return found
 
     def stats(self, queue: str) -> QueueStats:
@@ -160,7 +159,12 @@ class Affinity:
         """Campaign for all affinity queues, in threads of this process."""
         if self._service is None:
             self._service = SchedulerService(
-                self.settings, self.redis_url, self.delivery, node, self._tag_of_message
+                self.settings,
+                self.redis_url,
+                self.delivery,
+                node,
+                self._tag_of_message,
+                self._fail_buried,
             )
             self._service.start()
 
@@ -176,6 +180,20 @@ class Affinity:
             return no_tag(message)
         args, kwargs, _ = decoded_body(message, self.app.conf.accept_content)
         return derive_tag(task, args, kwargs)
+
+    def _fail_buried(self, message: Mapping[str, Any], reason: str) -> None:
+        """Whoever waits for the result of a buried message learns that there will be none."""
+        headers = message.get("headers")
+        task_id = headers.get("id") if isinstance(headers, dict) else None
+        if (
+            isinstance(headers, dict)
+            and isinstance(task_id, str)
+            and not headers.get("ignore_result")
+        ):
+            try:
+                self.app.backend.mark_as_failure(task_id, TagError(reason))
+            except Exception:
+                logger.exception("Could not store the failure of buried task %s.", task_id)
 
     def banner(self) -> str:
         """Settings that are not defaults, each with its origin, a line each."""
@@ -209,6 +227,12 @@ class Affinity:
             if selected is None or queue.name in selected or queue.pending in selected
         ]
         if not serves or self.settings.role == "scheduler":
+            logger.info(
+                "This worker serves no affinity queue (declared: %s; consumed: %s).",
+                ", ".join(map(repr, self.settings.queue_names)) or "none",
+                ", ".join(map(repr, known)),
+                extra={"action": "serve_none"},
+            )
             return None
         affinity = {name for queue in serves for name in (queue.name, queue.pending)}
         ordinary = bool(set(known) - affinity)
@@ -222,7 +246,7 @@ class Affinity:
             name = getattr(queue, "name", queue)
             declared = {n for q in self.settings.queues for n in (q.name, q.pending)}
             if name is not None and name not in declared:
-                raise UndeclaredQueueError(task.name, str(name), self.settings.queue_names)
+                raise UndeclaredQueueError(str(name), self.settings.queue_names, task.name)
 
     def raise_startup_error(self) -> None:
         """Raise what made this worker's start impossible."""
@@ -251,6 +275,8 @@ class Affinity:
             self.node = None
 
     def _on_shutting_down(self, **_: Any) -> None:
+        if self._service is not None:
+            self._service.request_stop()
         if self.node is not None:
             self.node.reporter.request_drain()
 

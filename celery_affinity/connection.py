@@ -51,6 +51,10 @@ def same_server(one: str, other: str) -> bool:
     return identity(one) == identity(other)
 
 
+#: Servers that this process has warned of: a worker and its schedulers all check the same one.
+_warned: set[str] = set()
+
+
 def check_server(client: Redis, logger: logging.Logger) -> None:
     """Refuse a Redis that cannot keep the promises, warn of one that weakens them.
 
@@ -58,6 +62,7 @@ def check_server(client: Redis, logger: logging.Logger) -> None:
         ConfigurationError: If it is too old, or may evict the ledger's keys.
     """
     info = client.info()
+    url = str(client.connection_pool.connection_kwargs)
     found = str(info["redis_version"])
     numbers = tuple(int(part) for part in found.split(".")[:2])
     if numbers < MINIMUM_VERSION:
@@ -77,7 +82,8 @@ def check_server(client: Redis, logger: logging.Logger) -> None:
             policy,
             extra={"action": "redis_check", "maxmemory_policy": policy},
         )
-    if not _is_persistent(client, info):
+    if not _is_persistent(client, info) and url not in _warned:
+        _warned.add(url)
         logger.warning(
             "The ledger's Redis keeps nothing across its restart (appendonly no): "
             "tasks that wait are lost with it. CONFIG SET appendonly yes.",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from redis import Redis
+from redis.exceptions import RedisError
 
 __all__ = ("Doorbell",)
 
@@ -74,6 +75,9 @@ class Doorbell:
         connection = self._armed.pop(key)
         try:
             connection.read_response()
+        except RedisError:
+            # Of an earlier server, maybe: the caller's next command tells whether this one answers.
+            connection.disconnect()
         except Exception:
             connection.disconnect()
             raise

@@ -33,13 +33,17 @@ class ConfigurationError(AffinityError, ImproperlyConfigured):
 class UndeclaredQueueError(ConfigurationError):
     """A task names a queue that no AffinityQueue declares."""
 
-    def __init__(self, task: str, queue: str, declared: list[str]) -> None:
+    def __init__(self, queue: str, declared: list[str], task: str | None = None) -> None:
         names = ", ".join(repr(name) for name in declared) or "none"
-        super().__init__(
-            f"affinity task {task!r} is sent to queue {queue!r}, which is not an affinity queue "
-            f"(declared: {names}). Declare it with Affinity(app, queues=[AffinityQueue({queue!r}), "
-            f"...]) or give the task one of the declared queues."
-        )
+        if task is None:
+            text = f"{queue!r} is not an affinity queue (declared: {names})"
+        else:
+            text = (
+                f"affinity task {task!r} is sent to queue {queue!r}, which is not an affinity "
+                f"queue (declared: {names}). Declare it with Affinity(app, queues=["
+                f"AffinityQueue({queue!r}), ...]) or give the task one of the declared queues."
+            )
+        super().__init__(text)
 
 
 class SchemaVersionError(ConfigurationError):

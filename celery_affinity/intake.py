@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: Asks the app for the tag of a message without one; raises TagError.
 TagOf = Callable[[Mapping[str, Any]], object]
+#: Told of a buried message, as far as it could be read, with the reason.
+OnBury = Callable[[Mapping[str, Any], str], None]
 
 
 class Intake:
@@ -37,39 +39,59 @@ class Intake:
     #: Messages that one script moves at most: about 10 ms of Redis.
     BATCH = 200
 
-    def __init__(self, scripts: Scripts, state: str, lists: Sequence[str], tag_of: TagOf) -> None:
+    def __init__(
+        self,
+        scripts: Scripts,
+        state: str,
+        lists: Sequence[str],
+        tag_of: TagOf,
+        on_bury: OnBury = lambda message, reason: None,
+    ) -> None:
         self._scripts = scripts
         self._state = state
         self._lists = list(lists)
         self._tag_of = tag_of
+        self._on_bury = on_bury
 
     def run(self, fence: str) -> tuple[int, bool]:
         """One pass. Returns (admitted, or -1 if not the leader any more; more is waiting)."""
         admitted, more, stop, raw = self._scripts.admit(self._state, fence, self._lists, self.BATCH)
         if not stop:
             return admitted, more
-        answer = self._scripts.resolve(
-            self._state, fence, self._lists[stop - 1], raw, self._verdict(raw)
-        )
+        verdict, message, reason = self._judge(raw)
+        answer = self._scripts.resolve(self._state, fence, self._lists[stop - 1], raw, verdict)
+        if answer == 1 and reason:
+            self._report(message, reason)
         return (-1, False) if answer == -1 else (admitted + answer, True)
 
-    def _verdict(self, raw: bytes) -> tuple[object, ...]:
-        message, tag = None, ""
+    def _judge(self, raw: bytes) -> tuple[tuple[object, ...], Mapping[str, Any], str]:
+        """What is to be done with a message, as far as it can be read, and why it is buried."""
+        message: Mapping[str, Any] = {}
+        tag = ""
         try:
-            message = _usable(raw)
+            found = json.loads(raw)
+            message = found if isinstance(found, dict) else {}
+            _check_usable(found)
             tag = self._tag(message)
             eta = due_ms(message["headers"].get("eta"))
             kept = normalised(message, tag).encode()
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"[:1000]
-            logger.warning(
-                "Buried a message of the pending queue of %r: %s",
-                self._state,
-                reason,
-                extra={"action": "bury", "queue": self._state, "reason": reason},
-            )
-            return "bury", reason.encode("utf-8", "replace"), tag
-        return "admit", kept, tag, "" if eta is None else eta
+            return ("bury", reason.encode("utf-8", "replace"), tag), message, reason
+        return ("admit", kept, tag, "" if eta is None else eta), message, ""
+
+    def _report(self, message: Mapping[str, Any], reason: str) -> None:
+        headers = message.get("headers")
+        headers = headers if isinstance(headers, dict) else {}
+        logger.warning(
+            "Buried a message of the pending queue of %r, task %r, id %r: %s",
+            self._state,
+            headers.get("task"),
+            headers.get("id"),
+            reason,
+            extra={"action": "bury", "queue": self._state, "reason": reason},
+        )
+        self._on_bury(message, reason)
 
     def _tag(self, message: Mapping[str, Any]) -> str:
         for place in (message["headers"], message["properties"]):
@@ -78,8 +100,7 @@ class Intake:
         return tag_text(self._tag_of(message))
 
 
-def _usable(raw: bytes) -> dict[str, Any]:
-    message = json.loads(raw)
+def _check_usable(message: Any) -> None:
     if not isinstance(message, dict):
         raise ValueError(f"not a message: found JSON {type(message).__name__}, expected an object")
     headers, properties = message.get("headers"), message.get("properties")
@@ -95,7 +116,6 @@ def _usable(raw: bytes) -> dict[str, Any]:
             )
     if not isinstance(message.get("body"), str):
         raise ValueError(f"body is {message.get('body')!r:.80}, expected text")
-    return message
 
 
 def no_tag(message: Mapping[str, Any]) -> object:

@@ -285,6 +285,8 @@ def _slot_of(tup: Any) -> int | None:
 class SlotTaskPool(PreforkPool):  # type: ignore[misc]
     """The prefork pool over `SlotPool`."""
 
+    # The worker's banner names the pool by its module.
+    __module__ = PreforkPool.__module__
     Pool = SlotPool
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from celery_affinity.connection import connect
 from celery_affinity.delivery import Delivery
 from celery_affinity.doorbell import Doorbell
-from celery_affinity.intake import Intake, TagOf
+from celery_affinity.intake import Intake, OnBury, TagOf
 from celery_affinity.keys import Keys
 from celery_affinity.leadership import Elector, candidate_name
 from celery_affinity.rescuer import Rescuer
@@ -23,13 +23,20 @@ class SchedulerService:
     """Campaigns for every affinity queue from `start` to `stop`."""
 
     def __init__(
-        self, settings: AffinitySettings, url: str, delivery: Delivery, node: str, tag_of: TagOf
+        self,
+        settings: AffinitySettings,
+        url: str,
+        delivery: Delivery,
+        node: str,
+        tag_of: TagOf,
+        on_bury: OnBury,
     ) -> None:
         self._settings = settings
         self._url = url
         self._delivery = delivery
         self._node = node
         self._tag_of = tag_of
+        self._on_bury = on_bury
         self._running: list[tuple[Scheduler, threading.Thread]] = []
 
     def start(self) -> None:
@@ -41,6 +48,11 @@ class SchedulerService:
             )
             self._running.append((scheduler, thread))
             thread.start()
+
+    def request_stop(self) -> None:
+        """Stop campaigning soon, without waiting. Safe in a signal handler."""
+        for scheduler, _ in self._running:
+            scheduler.stop()
 
     def stop(self, seconds: float = 5.0) -> None:
         """Resign from all terms, so that another node takes over at once."""
@@ -59,7 +71,7 @@ class SchedulerService:
             scripts,
             queue,
             Elector(scripts, queue.state, candidate_name(self._node), self._settings.leader_ttl),
-            Intake(scripts, queue.state, pending, self._tag_of),
+            Intake(scripts, queue.state, pending, self._tag_of, self._on_bury),
             Rescuer(scripts, queue.state, self._settings.heartbeat_timeout),
             doorbells,
             pending,

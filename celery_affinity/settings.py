@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -43,10 +44,14 @@ def _explain(
     for problem in error.errors():
         name = ".".join(str(part) for part in problem["loc"]) or "settings"
         top = str(problem["loc"][0]) if problem["loc"] else ""
-        known = ", ".join(sorted(model.model_fields))
-        hint = f" (known: {known})" if problem["type"] == "extra_forbidden" else ""
-        origin = f" from {origins[top]}" if top in origins else ""
-        lines.append(f"{name}{origin}: {problem['msg']}{hint}")
+        origin = f" (from {origins[top]})" if top in origins else ""
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(sorted(model.model_fields))
+            message = f"there is no such setting; correct or remove it (known: {known})"
+        elif name != "settings":
+            message += f"; found {problem['input']!r:.80}"
+        lines.append(f"{name}{origin}: {message}")
     return f"{what} cannot be used:\n  " + "\n  ".join(lines)
 
 
@@ -157,7 +162,10 @@ class AffinitySettings(BaseModel):
         for what in ("name", "pending", "state"):
             values = [getattr(queue, what) for queue in self.queues]
             if twice := sorted({v for v in values if values.count(v) > 1}):
-                raise ValueError(f"two affinity queues share the {what} name {twice[0]!r}")
+                label = "name" if what == "name" else f"{what} name"
+                raise ValueError(
+                    f"two affinity queues share the {label} {twice[0]!r}: give each its own"
+                )
         for queue in self.queues:
             if queue.scheduler_interval > self.leader_ttl:
                 raise ValueError(
@@ -174,6 +182,19 @@ class AffinitySettings(BaseModel):
     def queue_names(self) -> list[str]:
         """Names of the declared queues."""
         return [queue.name for queue in self.queues]
+
+
+def _refuse_typos(environ: Mapping[str, str]) -> None:
+    """Other programs may use AFFINITY_ names; one that is nearly a setting's is a mistake."""
+    known = [f"AFFINITY_{name.upper()}" for name in AffinitySettings.model_fields]
+    for name in environ:
+        if not name.startswith("AFFINITY_") or name in known:
+            continue
+        if near := get_close_matches(name, known, n=1, cutoff=0.85):
+            raise ConfigurationError(
+                f"the environment has {name}, which is no setting of celery_affinity; "
+                f"did you mean {near[0]}?"
+            )
 
 
 def _queues_from_conf(value: Any) -> Any:
@@ -201,6 +222,7 @@ def resolve(
         ConfigurationError: For unknown names, values out of range, contradictory times.
     """
     environ = os.environ if environ is None else environ
+    _refuse_typos(environ)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for source, found in (

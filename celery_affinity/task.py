@@ -53,9 +53,11 @@ def _argument(task: Any, path: str, args: Any, kwargs: Any) -> object:
         try:
             value = value[part] if isinstance(value, Mapping) else getattr(value, part)
         except (KeyError, AttributeError):
+            found = ", ".join(map(repr, value)) if isinstance(value, Mapping) else repr(value)
             raise TagError(
                 f"task {task.name!r} takes its tag from {path!r}, but {part!r} is not in "
-                f"{type(value).__name__}"
+                f"{type(value).__name__} (found: {found:.200}). Pass it, or pass "
+                "apply_async(..., identify_tag=...)"
             ) from None
     return value
 
@@ -79,15 +81,19 @@ def derive_tag(task: Any, args: Any, kwargs: Any) -> str:
     try:
         return tag_text(found)
     except TagError as error:
-        raise TagError(f"task {task.name!r}: {error}") from None
+        source = f"tag_from={tag_from!r}" if isinstance(tag_from, str) else "tag_from"
+        raise TagError(f"task {task.name!r}, {source}: {error}") from None
 
 
 def _tag_of_call(task: Any, args: Any, kwargs: Any, explicit: object, headers: Any) -> str:
-    if explicit is not None:
+    if explicit is None and headers:
+        explicit = headers.get(TAG_HEADER)
+    if explicit is None:
+        return derive_tag(task, args, kwargs)
+    try:
         return tag_text(explicit)
-    if headers and headers.get(TAG_HEADER) is not None:
-        return tag_text(headers[TAG_HEADER])
-    return derive_tag(task, args, kwargs)
+    except TagError as error:
+        raise TagError(f"task {task.name!r}: {error}") from None
 
 
 def _affinity_of(task: Any) -> _Bound | None:
@@ -110,7 +116,7 @@ def _pending_queue(
     for declared in settings.queues:
         if name in (declared.name, declared.pending):
             return declared.pending
-    raise UndeclaredQueueError(task.name, str(name), settings.queue_names)
+    raise UndeclaredQueueError(str(name), settings.queue_names, task.name)
 
 
 # The following become attributes of the task's class, above the app's or the user's base.
@@ -180,6 +186,36 @@ def task_options(tag_from: TagFrom | None, queue: Any, options: dict[str, Any]) 
     }
 
 
+def declare(
+    decorator: Callable[..., Any],
+    fun: Callable[..., Any] | None,
+    tag_from: TagFrom | None,
+    queue: Any,
+    options: dict[str, Any],
+) -> Any:
+    """Apply Celery's decorator with the options of an affinity task."""
+    made = decorator(**task_options(tag_from, queue, options))
+
+    def decorate(fun: Callable[..., Any]) -> Any:
+        _check_tag_from(fun, tag_from)
+        return made(fun)
+
+    return decorate(fun) if fun is not None else decorate
+
+
+def _check_tag_from(fun: Callable[..., Any], tag_from: TagFrom | None) -> None:
+    if not isinstance(tag_from, str):
+        return
+    name = tag_from.split(".")[0]
+    parameters = inspect.signature(fun).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if name not in parameters and not takes_any:
+        raise TypeError(
+            f"tag_from={tag_from!r}: {fun.__name__}() has no argument {name!r} "
+            f"(found: {', '.join(map(repr, parameters)) or 'none'})"
+        )
+
+
 @overload
 def affinity_task(fun: Callable[P, R], /) -> Task[P, R]: ...
 @overload
@@ -215,5 +251,4 @@ def affinity_task(
         TagError: When the task is called without a usable tag.
         UndeclaredQueueError: When it is called and its queue is not an affinity queue.
     """
-    made = shared_task(**task_options(tag_from, queue, options))
-    return made(fun) if fun is not None else made
+    return declare(shared_task, fun, tag_from, queue, options)

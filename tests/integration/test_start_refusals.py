@@ -59,7 +59,7 @@ WORKER = ("worker", "-Q", "jobs", "-c", "1", "-P", "solo")
             app.conf.affinity_leder_ttl = 3
             affinity = Affinity(app, queues=[AffinityQueue("jobs")])
             """,
-            "leder_ttl from app.conf.affinity_leder_ttl",
+            "leder_ttl (from app.conf.affinity_leder_ttl): there is no such setting",
         ),
     ],
 )

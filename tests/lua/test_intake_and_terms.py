@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from celery_affinity.exceptions import SchemaVersionError
+from celery_affinity.intake import Intake, no_tag
 from celery_affinity.scripts import Scripts
 
 from .conftest import Bench
@@ -139,8 +140,6 @@ def test_an_unusual_but_usable_message_is_admitted_without_a_change_of_content(
 
 
 def test_messages_of_all_priorities_are_admitted_the_urgent_first(bench: Bench) -> None:
-    from celery_affinity.intake import Intake, no_tag
-
     bench.lead()
     lists = [bench.pending, bench.pending + "3", bench.pending + "9"]
     for name in reversed(lists):
@@ -237,3 +236,17 @@ def test_every_script_states_its_contract() -> None:
         assert "KEYS[1]" in path.read_text() and "ARGV" in path.read_text(), path.name
         assert "Returns" in path.read_text(), path.name
         assert "'KEYS'" not in path.read_text() and "'SCAN'" not in path.read_text(), path.name
+
+
+def test_whoever_waits_for_a_buried_message_can_be_told(bench: Bench) -> None:
+    bench.lead()
+    bench.send(1.5, "float")
+    told: list[tuple[str, str]] = []
+
+    def on_bury(message, reason):
+        told.append((message["headers"]["id"], reason))
+
+    Intake(bench.scripts, "q", [bench.pending], no_tag, on_bury).run(bench.fence)
+    ((task_id, reason),) = told
+    assert task_id == "1.5-float"
+    assert "found float 1.5" in reason

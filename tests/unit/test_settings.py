@@ -45,7 +45,7 @@ def test_queues_can_come_from_the_apps_conf() -> None:
         ({"leader_ttl": 0.5, "queues": (QUEUE,)}, "must not exceed leader_ttl"),
         ({"role": "boss"}, "'scheduler', 'worker' or 'both'"),
         ({"namespace": "a{b}"}, "braces"),
-        ({"queues": (QUEUE, QUEUE)}, "share the name name 'invoices'"),
+        ({"queues": (QUEUE, QUEUE)}, "share the name 'invoices'"),
         ({"queues": (QUEUE, AffinityQueue("b", state_prefix="invoices"))}, "share the state name"),
     ],
 )
@@ -79,3 +79,9 @@ def test_an_unknown_setting_of_a_queue_names_the_known_ones() -> None:
 def test_settings_cannot_be_changed_afterwards() -> None:
     with pytest.raises(ValueError, match="frozen"):
         QUEUE.max_batch_size = 3  # type: ignore[misc]
+
+
+def test_a_name_in_the_environment_that_is_nearly_a_settings_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="did you mean AFFINITY_LEADER_TTL"):
+        resolve({}, {}, {"AFFINITY_LEADER_TLL": "3"})
+    resolve({}, {}, {"AFFINITY_MASK": "3", "AFFINITY_TEST_BROKER": "x"})

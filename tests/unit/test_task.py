@@ -125,8 +125,11 @@ def test_what_cannot_be_a_tag_is_refused_at_submit(app, sent, tag, says) -> None
 def test_a_call_without_a_tag_is_refused_and_says_what_to_pass(app, sent) -> None:
     with pytest.raises(TagError, match="identify_tag=.*or declare"):
         declare(app, tag_from=None).delay("a")
-    with pytest.raises(TagError, match="'company'.*does not have"):
-        declare(app, tag_from="company").delay("a")
+
+
+def test_a_tag_from_that_names_no_argument_is_refused_when_the_task_is_declared(app) -> None:
+    with pytest.raises(TypeError, match="no argument 'company' .found: 'tag', 'other'"):
+        declare(app, tag_from="company")
 
 
 def test_an_undeclared_queue_is_refused_at_submit_and_names_the_declared(app, sent) -> None:
