@@ -4,6 +4,10 @@ Usable messages are moved inside Redis by admit.lua. It stops at a message it ca
 (no tag header, irregular JSON, an unusual due time); this module reads that one message and has
 it admitted in a normal shape or buried with the reason, in its place in the order.
 
+A dispatched message can come back here: kombu puts what it has read for a queue that is consumed no
+more where its producer had sent it (a stopping worker). It is dropped: its entry is in the ledger,
+which recovers it, and admitted again it would run twice.
+
 Crash windows: between admit and resolve the message is still the oldest of its list
 (test_a_bad_message_is_buried_with_its_reason_and_takes_no_neighbour_along); resolve compares
 the message it was asked about, so a repeat or a second leader cannot touch its neighbour.
@@ -17,7 +21,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from celery_affinity.exceptions import TagError
-from celery_affinity.message import TAG_HEADER, due_ms, normalised, tag_text
+from celery_affinity.message import (
+    STAMP_HEADER,
+    TAG_HEADER,
+    Stamp,
+    due_ms,
+    normalised,
+    tag_text,
+)
 from celery_affinity.scripts import Scripts
 
 __all__ = ("Intake",)
@@ -72,6 +83,8 @@ class Intake:
             found = json.loads(raw)
             message = found if isinstance(found, dict) else {}
             _check_usable(found)
+            if Stamp.parse(message["headers"].get(STAMP_HEADER)):
+                return ("drop",), message, ""
             tag = self._tag(message)
             eta = due_ms(message["headers"].get("eta"))
             kept = normalised(message, tag).encode()

@@ -268,9 +268,18 @@ class SlotPool(AsynPool):  # type: ignore[misc]
 
     def flush(self) -> None:
         """The broker connection is gone: forget what no process has taken."""
-        for waiting in self.slot_buffers.values():
-            waiting.clear()
+        self._forget_waiting()
         super().flush()
+
+    def close(self) -> None:
+        """The worker stops: joining the pool must not wait for jobs that no process will take."""
+        self._forget_waiting()
+        super().close()
+
+    def _forget_waiting(self) -> None:
+        for waiting in self.slot_buffers.values():
+            while waiting:
+                waiting.popleft().discard()
 
 
 def _slot_of(tup: Any) -> int | None:

@@ -1,7 +1,7 @@
 -- resolve: admit (in a shape that can be stamped) or bury the one message admit stopped at.
 --
 -- KEYS[1] namespace prefix   KEYS[2] the pending list
--- ARGV    queue, fence, raw (as found), 'admit' | 'bury',
+-- ARGV    queue, fence, raw (as found), 'admit' | 'bury' | 'drop' (a stray copy of an entry),
 --         admit: the message to keep, tag, due time in ms or ''; bury: reason, tag or ''
 -- Returns -1 not the leader; 0 the oldest message is another one by now; 1 done
 -- @include base
@@ -20,6 +20,8 @@ if verdict == 'admit' then
   count(q, 'admitted')
   awaken(q, ARGV[6])
   match(q, 100)
+elseif verdict == 'drop' then
+  count(q, 'strays')
 else
   local entry = text(redis.call('HINCRBY', queue_key(q, 'c'), 'seq', 1))
   bury(q, entry, ARGV[6], ARGV[5], raw)

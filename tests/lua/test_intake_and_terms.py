@@ -250,3 +250,16 @@ def test_whoever_waits_for_a_buried_message_can_be_told(bench: Bench) -> None:
     ((task_id, reason),) = told
     assert task_id == "1.5-float"
     assert "found float 1.5" in reason
+
+
+def test_a_dispatched_copy_that_comes_back_to_the_pending_queue_is_dropped(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", 1)
+    bench.admit()
+    bench.push(bench.client.lindex(node.list, 0))
+    bench.send("a", 2)
+    bench.admit_all()
+    assert node.drain_all() == ["a-1", "a-2"]
+    assert bench.dead() == []
+    assert bench.client.hget(bench.queue_key("c"), "strays") == b"1"
