@@ -207,6 +207,7 @@ class SlotPool(AsynPool):  # type: ignore[misc]
         super()._create_write_handlers(hub, **kwargs)
         stock_put, stock_put_back = self._quick_put, self._put_back
         self._schedule_writes = hub.consolidate_callback
+        self._loop = hub
 
         def put(tup: Any) -> None:
             slot = _slot_of(tup)
@@ -256,8 +257,10 @@ class SlotPool(AsynPool):  # type: ignore[misc]
         """A process has finished a job: its slot's next one follows."""
         super().on_job_ready(job, i, obj, inqW_fd)
         proc = self._fileno_to_inq.get(inqW_fd)
-        if proc is not None:
-            self._feed(proc.index)
+        if proc is not None and self.slot_buffers.get(proc.index):
+            # In the loop's next turn: a stop signal that struck a write in here would find this
+            # result uncounted, and its process would wait 30 s for that before it ends.
+            self._loop.call_soon(self._feed, proc.index)
 
     def on_process_alive(self, pid: int) -> None:
         """A new process is up and takes over the jobs that wait for its slot."""
