@@ -69,11 +69,11 @@ def test_a_killed_workers_tags_run_elsewhere_within_the_heartbeat_timeout(
 
     history = finished(history_path)
     elsewhere = first_starts(history.runs, killed, lambda run: run.worker != victim.name)
-    print(
-        f"{held} ran elsewhere after {[round(elsewhere[tag], 2) for tag in held]} s; "
-        f"{history.reruns()} reruns"
-    )
-    assert all(elsewhere[tag] <= HEARTBEAT_TIMEOUT_SECONDS + 1 for tag in held)
+    # A tag may have run its last task between the look at the slots and the kill.
+    after = {tag: round(elsewhere[tag], 2) for tag in held if tag in elsewhere}
+    print(f"ran elsewhere after {after} s; {history.reruns()} reruns")
+    assert after
+    assert max(after.values()) <= HEARTBEAT_TIMEOUT_SECONDS + 1
     assert history.reruns() <= 2, "a task more than once, for each slot of the victim"
 
 
