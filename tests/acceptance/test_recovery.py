@@ -175,7 +175,9 @@ def test_a_cold_stop_loses_nothing(
 
     quit_at = time.monotonic()
     stopped.quit()
-    stopped.wait()
+    # Known fault, open: about one cold stop in ten takes 20 s and more (see CHANGELOG). This law is
+    # about loss; how long a stop may take is not judged here until that is mended.
+    stopped.wait(70)
     took = time.monotonic() - quit_at
 
     history = finished(history_path)
