@@ -5,7 +5,6 @@ AffinityError
         UndeclaredQueueError    a task names a queue that no AffinityQueue declares
         SchemaVersionError      the ledger was written by an incompatible version
     TagError                a task without a usable tag (also a ValueError)
-    LedgerUnavailableError  Redis did not answer
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from celery.exceptions import ImproperlyConfigured
 __all__ = (
     "AffinityError",
     "ConfigurationError",
-    "LedgerUnavailableError",
     "SchemaVersionError",
     "TagError",
     "UndeclaredQueueError",
@@ -59,7 +57,3 @@ class SchemaVersionError(ConfigurationError):
 
 class TagError(AffinityError, ValueError):
     """A task without a usable tag."""
-
-
-class LedgerUnavailableError(AffinityError, ConnectionError):
-    """Redis did not answer."""
