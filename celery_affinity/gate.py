@@ -14,6 +14,9 @@ Crash windows:
   (test_a_killed_child_gives_its_task_back, test_a_killed_workers_tags_run_elsewhere...).
   The result may be stored already: delivery is at least once.
 - a lost reply: start and settle carry a token and answer a repeat as before.
+- a process that is frozen while it asks: the answer may be older than the lease, so it asks again
+  (test_a_process_that_was_frozen_while_it_asked_asks_again). Frozen after that it is the limit that
+  docs/how_it_works.md declares: fence with the epoch.
 
 Nothing that goes wrong in here reaches user code: while Redis is away the gate waits.
 """
@@ -78,6 +81,7 @@ class Gate:
         slot: The slot that this process is, for ordinary tasks; None if slots are not processes.
         in_process: Whether tasks run in the worker's own process (threads, solo, gevent).
         ordinary: Whether ordinary tasks have to occupy a slot.
+        trust_seconds: How old the permission to start may be when it arrives.
     """
 
     def __init__(
@@ -91,7 +95,9 @@ class Gate:
         slot: int | None,
         in_process: bool,
         ordinary: bool,
+        trust_seconds: float,
     ) -> None:
+        self._trust_seconds = trust_seconds
         self._scripts = connect()
         self._refusal = refusal
         self._queue_names = dict(queue_names)
@@ -145,11 +151,7 @@ class Gate:
         self, stamp: Stamp, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Any
     ) -> Any:
         run = Run(stamp, uuid, request.get("retries") or 0, self._token())
-        answer = self._patiently(
-            lambda: self._scripts.start(
-                stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.send, run.token
-            )
-        )
+        answer = self._start(stamp, run.token)
         if answer != 1:
             logger.debug(
                 "Refused a copy of task %s (%s).",
@@ -192,6 +194,17 @@ class Gate:
             if outcome:
                 self._settle(run, queue, tag, outcome)
             context.leave(here)
+
+    def _start(self, stamp: Stamp, token: str) -> int:
+        while True:
+            asked = _seconds()
+            answer: int = self._patiently(
+                lambda: self._scripts.start(
+                    stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.send, token
+                )
+            )
+            if answer != 1 or _seconds() - asked < self._trust_seconds:
+                return answer
 
     def _process_stops(self, stamp: Stamp) -> None:
         """The task did not end, it was stopped: its parent reports what becomes of it. Without
@@ -273,6 +286,11 @@ class Gate:
             self._reachability.unanswered(error)
         else:
             self._reachability.answered()
+
+
+def _seconds() -> float:
+    """A clock that also runs while the machine is suspended, where there is one."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _asks_for_requeue(result: Any) -> bool:

@@ -134,6 +134,7 @@ class Node:
             slot=slot if self.slots_are_processes else None,
             in_process=in_process,
             ordinary=self._ordinary,
+            trust_seconds=self._settings.heartbeat_timeout / 2,
         )
 
     # In the parent, on each start of its consumer

@@ -175,9 +175,7 @@ def test_a_cold_stop_loses_nothing(
 
     quit_at = time.monotonic()
     stopped.quit()
-    # Known fault, open: about one cold stop in ten takes 20 s and more (see CHANGELOG). This law is
-    # about loss; how long a stop may take is not judged here until that is mended.
-    stopped.wait(70)
+    stopped.wait()
     took = time.monotonic() - quit_at
 
     history = finished(history_path)
@@ -185,6 +183,21 @@ def test_a_cold_stop_loses_nothing(
     print(f"the stop took {took:.2f} s; {history.reruns()} reruns, {len(again)} with attempt > 1")
     assert {run.worker for run in again} <= {other.name}
     assert history.reruns() <= 2
+
+
+def test_a_cold_stop_that_strikes_the_reading_of_a_result_does_not_hang(
+    cluster: Cluster, history_path: Path, producer: Producer
+) -> None:
+    import acceptance.apps.outcomes  # noqa: F401  (registers its tasks)
+
+    worker = cluster.worker("acceptance.apps.outcomes", queues="jobs", concurrency=2, extra=LEAN)
+    wait_for_nodes(producer.affinity, 1)
+
+    producer.send("tag", task="striking")
+
+    worker.wait()
+    assert "Cold shutdown" in worker.log_text()
+    finished(history_path)
 
 
 def test_a_killed_child_gives_its_task_back(
@@ -198,19 +211,23 @@ def test_a_killed_child_gives_its_task_back(
     with EventLog(producer.app) as log:
         producer.send("tag", ms=100)
         (second,) = producer.send("tag", ms=1300)  # longer than two heartbeats
-        producer.send("tag", 2, ms=100)
+        third, last = producer.send("tag", 2, ms=100)
         victim = wait_for_run(history_path, lambda run: run.seq == 1)
 
         os.kill(victim.pid, signal.SIGKILL)
 
         again = wait_for_run(history_path, lambda run: run.seq == 1 and run.attempt == 2)
         wait_for_ends(history_path, 4)
-        wait_until(lambda: "task-succeeded" in log.of(second.id), what="the success event")
+        wait_until(lambda: "task-succeeded" in log.of(last.id), what="the success event")
     history = History.load(history_path)
     history.assert_lawful(allow_rerun=True, lease_within="worker")
     assert [(run.seq, run.attempt) for run in history.runs] == [(0, 1), (1, 1), (1, 2), (2, 1), (3, 1)]
     print(f"attempt 2 started {(again.start - victim.start) / 1e9:.2f} s after attempt 1")
+    assert log.of(second.id).count("task-succeeded") == 1, log.of(second.id)
     assert "task-failed" not in log.of(second.id), log.of(second.id)
+    for behind in (third, last):
+        # Neither the copies nor their refusals are seen.
+        assert log.of(behind.id) == ["task-received", "task-started", "task-succeeded"]
     assert "WorkerLostError" not in worker.log_text().replace("is gone (", "")
 
 
@@ -226,7 +243,7 @@ def test_a_frozen_worker_registers_anew_and_loses_nothing(
     frozen_at = time.monotonic()
     frozen.stop_process(tree=True)
     wait_until(lambda: len(producer.affinity.workers()) == 1, 10, "the rescue")
-    rescued_at = time.monotonic()
+    rescued_at, rescued_epoch = time.monotonic(), time.time() * 1e6  # epochs are times
     wait_for_run(history_path, lambda run: run.start / 1e9 > rescued_at and run.tag in held_tags(before))
     frozen.cont(tree=True)
 
@@ -239,7 +256,7 @@ def test_a_frozen_worker_registers_anew_and_loses_nothing(
     )
     history = History.load(history_path)
     # Declared: what ran in the frozen worker may overlap with its second run. Nothing else may.
-    cut = {id(run) for run in history.runs if is_cut(run, frozen, frozen_at, rescued_at)}
+    cut = {id(run) for run in history.runs if is_cut(run, frozen, frozen_at, rescued_epoch)}
     assert len(cut) <= 2, "one task for each slot"
     rest = History([run for run in history.runs if id(run) not in cut], history.submits)
     rest.assert_lawful(allow_rerun=False)
@@ -249,7 +266,9 @@ def test_a_frozen_worker_registers_anew_and_loses_nothing(
     assert anew, "it works again"
 
 
-def is_cut(run: Run, frozen: Node, frozen_at: float, rescued_at: float) -> bool:
-    """Whether the freeze caught this run."""
-    started, ended = run.start / 1e9, (run.end or 0) / 1e9
-    return run.worker == frozen.name and started < rescued_at and (not ended or ended > rescued_at)
+def is_cut(run: Run, frozen: Node, frozen_at: float, rescued_epoch: float) -> bool:
+    """Whether the freeze caught this run: it has a lease from before, and was not done then."""
+    ended = (run.end or 0) / 1e9
+    return run.worker == frozen.name and (run.epoch or 0) < rescued_epoch and (
+        not ended or ended > frozen_at
+    )
