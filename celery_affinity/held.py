@@ -15,9 +15,13 @@ class Held:
     greenlets may call them side by side.
     """
 
+    #: Entries remembered that were announced here and then refused.
+    REFUSED = 1000
+
     def __init__(self) -> None:
         self._requests: dict[str, tuple[Stamp, Any]] = {}
         self._accepted: set[str] = set()
+        self._refused: dict[tuple[str, str], None] = {}
         #: Called with the stamp of each message that ends.
         self.on_end: Callable[[Stamp], None] = lambda stamp: None
 
@@ -34,6 +38,16 @@ class Held:
         self._accepted.discard(stamp.held)
         if self._requests.pop(stamp.held, None):
             self.on_end(stamp)
+
+    def refused(self, stamp: Stamp) -> None:
+        """It was announced here and then not run: its entry may come again."""
+        self._refused[stamp.state, stamp.entry] = None
+        if len(self._refused) > self.REFUSED:
+            self._refused.pop(next(iter(self._refused)), None)
+
+    def was_refused(self, stamp: Stamp) -> bool:
+        """Whether a copy of this entry was announced here before. Forgets it."""
+        return self._refused.pop((stamp.state, stamp.entry), False) is None
 
     def flushed(self) -> None:
         """The pool has thrown away what no process had taken."""

@@ -6,8 +6,8 @@ Each touch, the probe that meets a Celery that differs, and what happens then:
 - `amqp.send_task_message` is wrapped to catch own retries: `settle_own_retries`; a warning, and
   retries are published to the pending queue.
 - `amqp.queues._consume_from` says what a worker consumes: `selected_queues`; no start.
-- `AsynPool._create_write_handlers`, `outbound_buffer`, `on_job_ready`, `_busy_workers` and their
-  like: `slots_are_processes`; a warning, and the stock pool.
+- `AsynPool._create_write_handlers`, `outbound_buffer`, `on_job_ready`, `_busy_workers`,
+  `_recv_message` and their like: `slots_are_processes`; a warning, and the stock pool.
 
 (request.py builds on `Task.Request`, `create_request_cls` and the consumer's strategies.)
 Checked on celery 5.7.0 (kombu 5.7.0, billiard 4.3.2, redis-py 8.1.0) and on the floor, celery 5.4.0
@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from billiard.process import current_process
@@ -30,7 +30,7 @@ from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.worker import state as worker_state
 
 from celery_affinity.exceptions import ConfigurationError
-from celery_affinity.gate import Gate, Run, current_run
+from celery_affinity.gate import REFUSED, Gate, Run, current_run
 from celery_affinity.message import STAMP_HEADER, Stamp, due_ms, envelope
 
 __all__ = (
@@ -190,6 +190,10 @@ class SlotPool(AsynPool):  # type: ignore[misc]
     A job whose process is busy (or being replaced) waits in a buffer of its slot, outside of
     `outbound_buffer`: with jobs in there that no ready process may take, the event loop would
     spin. Ordinary jobs go the stock way, and have their turn after some dispatched ones.
+
+    Celery's cold stop joins the pool inside its signal handler, so in the middle of whatever step
+    the signal struck. A job half written then, or a result half read, would leave a process
+    waiting for ever, or the parent for its own lock; `in_step` tells of such a step.
     """
 
     #: Dispatched jobs that a process runs in a row while ordinary ones wait.
@@ -201,28 +205,58 @@ class SlotPool(AsynPool):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.slot_buffers: dict[int, deque[Any]] = {}
         self._rows: Counter[int] = Counter()
+        #: Writes and reads under way (they can nest): not the moment to join the pool.
+        self.in_step = 0
         super().__init__(*args, **kwargs)
+
+    def create_result_handler(self) -> Any:
+        """The stock one, its reading marked."""
+        handler = super().create_result_handler()
+        receive = handler._recv_message
+
+        def marked(*args: Any, **kwargs: Any) -> Iterator[None]:
+            # A message that has not come whole is read on by the event loop itself, turn by turn.
+            turn = self._step(receive(*args, **kwargs).__next__)
+            while True:
+                try:
+                    turn()
+                except StopIteration:
+                    return
+                yield
+
+        handler._recv_message = marked
+        return handler
+
+    def _step(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self.in_step += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.in_step -= 1
+
+        return step
 
     def _create_write_handlers(self, hub: Any, **kwargs: Any) -> None:
         super()._create_write_handlers(hub, **kwargs)
         stock_put, stock_put_back = self._quick_put, self._put_back
+        hub.consolidate_callback = self._step(hub.consolidate_callback)
         self._schedule_writes = hub.consolidate_callback
-        self._loop = hub
 
         def put(tup: Any) -> None:
-            slot = _slot_of(tup)
+            stamp = _stamp_of(tup)
             stock_put(tup)
-            if slot is not None:
+            if stamp is not None:
                 job = self.outbound_buffer.pop()
-                job.affinity_slot = slot
-                self.slot_buffers.setdefault(slot, deque()).append(job)
-                self._feed(slot)
+                job.affinity_stamp = stamp
+                self.slot_buffers.setdefault(stamp.slot, deque()).append(job)
+                self._feed(stamp.slot)
 
         def put_back(job: Any) -> None:
             stock_put_back(job)
-            slot = getattr(job, "affinity_slot", None)
-            if slot is not None and self.outbound_buffer and self.outbound_buffer[0] is job:
-                self.slot_buffers.setdefault(slot, deque()).appendleft(
+            stamp = getattr(job, "affinity_stamp", None)
+            if stamp is not None and self.outbound_buffer and self.outbound_buffer[0] is job:
+                self.slot_buffers.setdefault(stamp.slot, deque()).appendleft(
                     self.outbound_buffer.popleft()
                 )
 
@@ -231,13 +265,13 @@ class SlotPool(AsynPool):  # type: ignore[misc]
 
     def _feed(self, slot: int) -> None:
         """Write the slot's next job to its process, if that is up and idle."""
-        if worker_state.should_stop is not None:
+        if worker_state.should_stop is not None or worker_state.should_terminate is not None:
             # The drain gives it back. Written now, it would be forgotten by the pool before its
             # process answers, which then waits 30 s for that answer to be counted.
             return
         waiting = self.slot_buffers.get(slot)
-        while waiting and waiting[0]._accepted:
-            waiting.popleft()
+        while waiting and (waiting[0]._accepted or _is_revoked(waiting[0])):
+            waiting.popleft().discard()
         if not waiting:
             return
         proc = next((p for p in self._pool if p.index == slot), None)
@@ -258,9 +292,7 @@ class SlotPool(AsynPool):  # type: ignore[misc]
         super().on_job_ready(job, i, obj, inqW_fd)
         proc = self._fileno_to_inq.get(inqW_fd)
         if proc is not None and self.slot_buffers.get(proc.index):
-            # In the loop's next turn: a stop signal that struck a write in here would find this
-            # result uncounted, and its process would wait 30 s for that before it ends.
-            self._loop.call_soon(self._feed, proc.index)
+            self._feed(proc.index)
 
     def on_process_alive(self, pid: int) -> None:
         """A new process is up and takes over the jobs that wait for its slot."""
@@ -268,6 +300,21 @@ class SlotPool(AsynPool):  # type: ignore[misc]
         proc = next((p for p in self._pool if p.pid == pid), None)
         if proc is not None:
             self._feed(proc.index)
+
+    def on_job_process_lost(self, job: Any, pid: int, exitcode: int) -> None:
+        """The process of a running job is gone, and the lease with it: so is what waits under it.
+
+        (Had it settled just before, what waits is missed by the heartbeat and sent again.)
+        """
+        super().on_job_process_lost(job, pid, exitcode)
+        stamp = getattr(job, "affinity_stamp", None)
+        if stamp is None:
+            return
+        for other in list(self.slot_buffers.get(stamp.slot, ())):
+            if other.affinity_stamp.epoch == stamp.epoch and not other._accepted:
+                self.slot_buffers[stamp.slot].remove(other)
+                other.discard()
+                other._set(0, (True, (0, REFUSED, 0.0)))  # what its gate would have answered
 
     def flush(self) -> None:
         """The broker connection is gone: forget what no process has taken."""
@@ -285,13 +332,19 @@ class SlotPool(AsynPool):  # type: ignore[misc]
                 waiting.popleft().discard()
 
 
-def _slot_of(tup: Any) -> int | None:
+def _is_revoked(job: Any) -> bool:
+    """Whether a waiting job's task was revoked or has expired; its end is told then."""
+    request = job._callback.__self__
+    return bool(
+        (request.expires or job.correlation_id in worker_state.revoked) and request.revoked()
+    )
+
+
+def _stamp_of(tup: Any) -> Stamp | None:
     try:
-        request = tup[1][3][2]
-        stamp = Stamp.parse(request.get(STAMP_HEADER))
+        return Stamp.parse(tup[1][3][2].get(STAMP_HEADER))
     except (LookupError, TypeError, AttributeError):
         return None
-    return None if stamp is None else stamp.slot
 
 
 class SlotTaskPool(PreforkPool):  # type: ignore[misc]
@@ -301,6 +354,21 @@ class SlotTaskPool(PreforkPool):  # type: ignore[misc]
     __module__ = PreforkPool.__module__
     Pool = SlotPool
 
+    _put_off = False
+
+    def on_stop(self) -> None:
+        """Join the pool; a signal handler that struck one of its steps puts that off."""
+        if self._pool is not None and self._pool.in_step:
+            self._put_off = True  # `should_terminate` is set: the loop ends after this step
+            return
+        super().on_stop()
+
+    def on_terminate(self) -> None:
+        """The loop has ended: now join what was put off, then end it."""
+        if self._put_off:
+            super().on_stop()
+        super().on_terminate()
+
 
 def slots_are_processes(pool_cls: Any, wanted: bool, use_eventloop: bool) -> bool:
     """Whether this worker can run each slot's tasks in one process.
@@ -309,8 +377,17 @@ def slots_are_processes(pool_cls: Any, wanted: bool, use_eventloop: bool) -> boo
     """
     if not wanted or not use_eventloop or get_implementation(pool_cls) is not PreforkPool:
         return False
-    needed = ("_create_write_handlers", "on_job_ready", "on_process_alive", "flush")
+    needed = (
+        "_create_write_handlers",
+        "create_result_handler",
+        "on_job_ready",
+        "on_job_process_lost",
+        "on_process_alive",
+        "flush",
+    )
     missing = [name for name in needed if not hasattr(AsynPool, name)]
+    if not hasattr(AsynPool.ResultHandler, "_recv_message"):
+        missing.append("ResultHandler._recv_message")
     if missing:
         logger.warning(
             "This Celery's prefork pool lacks %s: tasks of a tag will run in any process of the "

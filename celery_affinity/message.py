@@ -21,6 +21,7 @@ from celery_affinity.exceptions import TagError
 
 __all__ = (
     "MAX_TAG_BYTES",
+    "REVOKED_HEADER",
     "STAMP_HEADER",
     "TAG_HEADER",
     "Stamp",
@@ -35,6 +36,8 @@ __all__ = (
 TAG_HEADER = "identify_tag"
 #: Header that the ledger puts into a message when it dispatches it.
 STAMP_HEADER = "affinity_stamp"
+#: Header that a dispatched message has whose task is revoked.
+REVOKED_HEADER = "affinity_revoked"
 #: Longest tag, in bytes of UTF-8.
 MAX_TAG_BYTES = 512
 

@@ -21,7 +21,7 @@ from celery.worker.request import create_request_cls
 
 from celery_affinity.gate import REFUSED
 from celery_affinity.held import Held
-from celery_affinity.message import STAMP_HEADER, Stamp
+from celery_affinity.message import REVOKED_HEADER, STAMP_HEADER, Stamp
 
 __all__ = ("LedgerEnds", "bury_unknown_tasks", "strategy_for")
 
@@ -53,6 +53,14 @@ class DispatchedRequest:
     affinity_ends: LedgerEnds
     id: str
     name: str
+    task: Any
+    _eventer: Any
+    argsrepr: str
+    kwargsrepr: str
+    root_id: str | None
+    parent_id: str | None
+    request_dict: dict[str, Any]
+    expires: Any
 
     def __init__(self, message: Any, **options: Any) -> None:
         stamp = Stamp.parse(message.headers.get(STAMP_HEADER))
@@ -61,12 +69,33 @@ class DispatchedRequest:
         quiet = {**options, "on_ack": _noop, "on_reject": _noop}
         super().__init__(message, **quiet)  # type: ignore[call-arg]
         self._eta = None  # it was due when it was dispatched
-        self.affinity_ends.held.arrived(stamp, self)
+        held = self.affinity_ends.held
+        self.announced = held.was_refused(stamp)
+        held.arrived(stamp, self)
 
     @property
     def first_copy(self) -> bool:
         """Whether events are sent as they happen; a later copy's wait until it was accepted."""
         return not self.affinity_stamp.resent
+
+    def announce_received(self) -> None:
+        """Send the event that a task was received, once for all copies that this node gets."""
+        if self.announced or not (self._eventer and self._eventer.enabled):
+            return
+        self.announced = True
+        if self.task.send_events:
+            self._eventer.send(
+                "task-received",
+                uuid=self.id,
+                name=self.name,
+                args=self.argsrepr,
+                kwargs=self.kwargsrepr,
+                root_id=self.root_id,
+                parent_id=self.parent_id,
+                retries=self.request_dict.get("retries", 0),
+                eta=None,
+                expires=self.expires and self.expires.isoformat(),
+            )
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """The pool has taken it."""
@@ -87,10 +116,12 @@ class DispatchedRequest:
             return
         failed, retval, _ = result
         if not failed and retval == REFUSED:
+            if self.announced:
+                self.affinity_ends.held.refused(self.affinity_stamp)
             self._vanish()
             return
         if not self.first_copy:
-            announce_received(self)
+            self.announce_received()
             super().send_event("task-started")  # type: ignore[misc]
         try:
             super().on_success(result, **kwargs)  # type: ignore[misc]
@@ -151,22 +182,6 @@ class DispatchedRequest:
             worker_state.requests[task_id] = original
 
 
-def announce_received(req: Any) -> None:
-    """Send the event that a task was received."""
-    req._eventer and req._eventer.enabled and req.task.send_events and req._eventer.send(
-        "task-received",
-        uuid=req.id,
-        name=req.name,
-        args=req.argsrepr,
-        kwargs=req.kwargsrepr,
-        root_id=req.root_id,
-        parent_id=req.parent_id,
-        retries=req.request_dict.get("retries", 0),
-        eta=None,
-        expires=req.expires and req.expires.isoformat(),
-    )
-
-
 def strategy_for(
     task: Any, app: Any, consumer: Any, stock: Any, ends: LedgerEnds, to_pool: Callable[[Any], None]
 ) -> Any:
@@ -210,11 +225,13 @@ def strategy_for(
             "eta": None,
         }
         logger.info(celery_trace.LOG_RECEIVED, data, extra={"data": data})
+        if message.headers.get(REVOKED_HEADER):
+            worker_state.revoked.add(req.id)
         if (req.expires or req.id in worker_state.revoked) and req.revoked():
             return
         signals.task_received.send(sender=consumer, request=req)
         if req.first_copy:
-            announce_received(req)
+            req.announce_received()
         bucket = None if consumer.disable_rate_limits else bucket_of(task.name)
         if bucket:
             consumer._limit_task(req, bucket, 1)

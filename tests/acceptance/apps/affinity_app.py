@@ -34,7 +34,7 @@ def make_app(broker_url: str | None = None, **settings: Any) -> tuple[Celery, Af
         task_ignore_result=not keep_results, broker_connection_retry_on_startup=True,
         task_default_queue="ordinary",
     )
-    app.task(plain_work, name="jobs.plain_work", bind=True, queue="ordinary")
+    app.task(plain_work, name="jobs.plain_work", bind=True)  # goes to the default queue
     queue = {
         "max_batch_size": int(os.environ.get("BATCH", "10")),
         **json.loads(os.environ.get("AFFINITY_TEST_QUEUE", "{}")),

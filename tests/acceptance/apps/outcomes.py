@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
+from billiard.process import current_process
 from celery import Task
 from celery.exceptions import Ignore, Reject
 
@@ -47,3 +51,25 @@ def requeuing(self: Task, tag: str, seq: int, ms: float = 0) -> int:
         if requeuing.__dict__["times"] == 1:
             raise Reject("later", requeue=True)
     return seq
+
+
+class Strikes(Exception):
+    """Has the worker stopped cold by whoever unpickles it: its parent, while it reads a result."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Called in the pool process."""
+        return strike, ()
+
+
+def strike() -> Strikes:
+    """Called where the exception is unpickled; pool processes do that too, as a trial."""
+    if current_process().name == "MainProcess":
+        os.kill(os.getpid(), signal.SIGQUIT)
+    return Strikes()
+
+
+@affinity_task(queue="jobs", tag_from="tag", bind=True, name="jobs.striking")
+def striking(self: Task, tag: str, seq: int, ms: float = 0) -> None:
+    """Fail in a way that stops the worker while it reads of it."""
+    with recorded(self, tag, seq):
+        raise Strikes
