@@ -21,6 +21,10 @@ class Delivery(Protocol):
         """Lists to take messages from, most urgent first."""
         ...
 
+    def main_list(self, queue: str) -> str:
+        """The list of a queue for messages without a priority."""
+        ...
+
     def worker_list(self, worker_queue: str) -> str:
         """Where the ledger puts a dispatched message."""
         ...
@@ -39,6 +43,10 @@ class SameRedisDelivery:
     def pending_lists(self, queue: str) -> list[str]:
         """The pending queue's lists, one for each priority step."""
         return self._names.lists(queue)
+
+    def main_list(self, queue: str) -> str:
+        """The list of a queue for messages without a priority."""
+        return self._names.main_list(queue)
 
     def worker_list(self, worker_queue: str) -> str:
         """The worker queue's main list."""

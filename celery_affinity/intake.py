@@ -65,7 +65,10 @@ class Intake:
         self._on_bury = on_bury
 
     def run(self, fence: str) -> tuple[int, bool]:
-        """One pass. Returns (admitted, or -1 if not the leader any more; more is waiting)."""
+        """One pass. Returns (admitted, more is waiting).
+
+        Admitted is -1 if not the leader any more, -2 if the queue is evacuated.
+        """
         admitted, more, stop, raw = self._scripts.admit(self._state, fence, self._lists, self.BATCH)
         if not stop:
             return admitted, more

@@ -27,6 +27,8 @@ from celery_affinity.types import (
 __all__ = ("Ledger",)
 
 PAGE = 500
+#: Counters of `QueueStats`, in its order.
+TOTALS = ("admitted", "settled", "requeued", "buried", "leases")
 
 
 def _text(value: Any) -> str:
@@ -57,21 +59,29 @@ class Ledger:
             pipe.zcard(key(state, "ring"))
             pipe.hlen(key(state, "held"))
             pipe.zcard(key(state, "idle"))
+            pipe.hexists(key(state, "conf"), "evac")
             pipe.hlen(key(state, "dead"))
             pipe.hgetall(key(state, "c"))
-            *pending_lengths, entries, eta, ring, held, idle, dead, totals = pipe.execute()
+            *lengths, entries, eta, ring, held, idle, evacuated, dead, totals = pipe.execute()
         total = {_text(name): _number(value) for name, value in totals.items()}
         return QueueStats(
             queue.name,
-            sum(pending_lengths),
+            sum(lengths),
             entries,
             eta,
             ring,
             held,
             idle,
             dead,
-            *(total.get(n, 0) for n in ("admitted", "settled", "requeued", "buried", "leases")),
+            bool(evacuated),
+            *(total.get(n, 0) for n in TOTALS),
         )
+
+    def entries(self, queue: AffinityQueue) -> list[int]:
+        """The entries that are in the ledger, in no particular order."""
+        key = self._keys.queue(queue.state, "m")
+        # HSCAN would send their messages too; this is for an operator, not for a hot path.
+        return [int(entry) for entry in self._client.hkeys(key)]
 
     def workers(self, queues: Sequence[AffinityQueue]) -> list[WorkerRecord]:
         """The registered workers, by name."""

@@ -68,6 +68,12 @@ class Scheduler:
         self._vacancy = doorbells([keys.queue(queue.state, "vacant")])
         self._reachability = Reachability(logger, f"tasks of {queue.name!r}")
         self._refused = ""
+        self._evacuated = False
+
+    @property
+    def leading(self) -> bool:
+        """Whether the term is held now."""
+        return self._elector.leading
 
     def stop(self) -> None:
         """Ask `run` to resign and return."""
@@ -136,7 +142,9 @@ class Scheduler:
                 break
             if sleep > 0:
                 until = min(rescue_at, self._elector.renew_at) - time.monotonic()
-                self._arrivals.wait(min(sleep, until, queue.scheduler_interval))
+                # While the queue is evacuated, what arrives is not the leader's to take.
+                wait = self._stopping.wait if self._evacuated else self._arrivals.wait
+                wait(min(sleep, until, queue.scheduler_interval))
             if time.monotonic() >= self._elector.renew_at and not self._elector.renew():
                 break
         if not self._stopping.is_set():
@@ -153,12 +161,24 @@ class Scheduler:
         admitted, more = self._intake.run(fence)
         if admitted == -1:
             return None
+        self._note_evacuated(admitted == -2)
         promoted, due_ms = self._scripts.promote(self._queue.state, fence, PROMOTE_BATCH)
         if promoted == -1:
             return None
         if more or promoted == PROMOTE_BATCH:
             return 0.0
         return self._queue.scheduler_interval if due_ms < 0 else due_ms / 1000
+
+    def _note_evacuated(self, evacuated: bool) -> None:
+        if evacuated and not self._evacuated:
+            logger.warning(
+                "Affinity queue %r is evacuated: nothing is taken in or dispatched before "
+                "`celery affinity resume %s`.",
+                self._queue.name,
+                self._queue.name,
+                extra={"action": "evacuated", "queue": self._queue.name},
+            )
+        self._evacuated = evacuated
 
     def _refuse(self, error: ConfigurationError) -> None:
         self._elector.concede()

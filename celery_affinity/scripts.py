@@ -119,10 +119,13 @@ class Scripts:
     def admit(
         self, state: str, fence: str, lists: Sequence[str], limit: int
     ) -> tuple[int, bool, int, bytes]:
-        """Returns (admitted or -1, more, 1-based list to resolve or 0, its oldest message)."""
+        """Returns (admitted, more, 1-based list to resolve or 0, its oldest message).
+
+        Admitted is -1 if not the leader, -2 if the queue is evacuated.
+        """
         answer = self._call("admit", state, fence, limit, lists=lists)
-        if answer[0] == -1:
-            return -1, False, 0, b""
+        if answer[0] < 0:
+            return int(answer[0]), False, 0, b""
         stop = int(answer[2])
         return int(answer[0]), bool(answer[1]), stop - 1 if stop else 0, answer[3]
 
@@ -136,6 +139,21 @@ class Scripts:
         """Returns (promoted or -1, ms until the next entry is due or -1)."""
         answer = self._call("promote", state, fence, limit)
         return (-1, -1) if answer[0] == -1 else (int(answer[0]), int(answer[1]))
+
+    def revoke(self, states: Sequence[str], ids: Sequence[str]) -> int:
+        """Note tasks that must not run; see revoke.lua."""
+        return int(self._call("revoke", len(states), *states, *ids))
+
+    def evacuate(
+        self, state: str, pending: str, entries: Sequence[int]
+    ) -> tuple[int, int, int, bool]:
+        """Returns (slots that hold a tag, entries left, moved, done); see evacuate.lua."""
+        held, left, moved, done = self._call("evacuate", state, *entries, lists=[pending])
+        return int(held), int(left), int(moved), bool(done)
+
+    def resume(self, state: str) -> bool:
+        """End an evacuation; False if it has to be finished first."""
+        return bool(self._call("resume", state))
 
     def rescue(self, state: str, fence: str, budget: int) -> list[Any]:
         """See rescue.lua."""

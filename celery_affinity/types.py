@@ -7,6 +7,7 @@ from typing import Literal
 
 __all__ = (
     "DeadLetter",
+    "EvacuationRecord",
     "LeaderRecord",
     "QueueStats",
     "SlotRecord",
@@ -76,12 +77,28 @@ class QueueStats:
     idle_slots: int
     #: Dead letters.
     dead: int
+    #: Whether it is stopped by `evacuate`.
+    evacuated: bool
     #: Totals since the ledger began.
     admitted: int
     settled: int
     requeued: int
     buried: int
     leases: int
+
+
+@dataclass(frozen=True)
+class EvacuationRecord:
+    """What an evacuation has done."""
+
+    #: Messages written back, those with a due time among them.
+    moved: int
+    #: Slots that still hold a tag: with any, nothing was moved yet.
+    running: int
+    #: Entries that still wait in the ledger.
+    waiting: int
+    #: Whether all is in the pending queue.
+    done: bool
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 -- KEYS[1]   namespace prefix
 -- KEYS[2..] the pending queue's lists, most urgent first; a list's oldest message is at its tail
 -- ARGV      queue, fence, how many at most
--- Returns   {-1} not the leader;
+-- Returns   {-1} not the leader; {-2} the queue is evacuated;
 --           {admitted, more, list, raw}: list > 0 names the list (index in KEYS) whose oldest
 --           message, raw, Python must look at (resolve.lua) before the next call.
 -- Reads and checks each message before it writes; a message it cannot use stays where it is.
@@ -18,6 +18,7 @@
 -- @include read_message
 local q, fence, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
 if not in_term(q, fence) then return {-1} end
+if conf(q).stopped then return {-2} end
 
 local admitted, tags, order = 0, {}, {}
 local stop, stop_raw, more = 0, '', 0

@@ -14,6 +14,7 @@
 local q, fence, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
 if not in_term(q, fence) then return {-1} end
 redis.call('DEL', queue_key(q, 'wake'))
+if conf(q).stopped then return {0, -1} end
 local eta, messages = queue_key(q, 'eta'), queue_key(q, 'm')
 local due = redis.call('ZRANGEBYSCORE', eta, '-inf', text(NOW), 'LIMIT', 0, limit)
 for _, member in ipairs(due) do

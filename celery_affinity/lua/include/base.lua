@@ -4,7 +4,8 @@
 -- from it and share its hash slot; the text of a tag or a queue is never inside the braces.
 --
 --   q:<queue>:c        hash    counters: seq, epoch, term, ring, admitted, settled, ...
---   q:<queue>:conf     hash    max_batch_size, tag_concurrency, ... (written by the leader)
+--   q:<queue>:conf     hash    max_batch_size, tag_concurrency, ... (written by the leader);
+--                              evac: it is stopped, revoked: some tasks are;  stage: list
 --   q:<queue>:limits   hash    tag -> its own concurrency
 --   q:<queue>:m        hash    entry -> the message as the producer sent it
 --   q:<queue>:att      hash    entry -> starts that did not settle (absent: none)
@@ -19,6 +20,7 @@
 --   q:<queue>:wake     list    doorbell of the leader;  vacant: list, doorbell of candidates
 --   b:<n>:<queue>:<tag> list   backlog: entries in order, n = length of the queue's name
 --   schema             string  version of this layout
+--   revoked            zset    task id -> how long the note is kept (ms)
 --   workers            zset    incarnation -> when its heartbeat is overdue (ms)
 --   w:<inc>:info       hash    name, state, depth, cap, queues, junk, beat
 --   w:<inc>:idle       set     free slots;  leased: set;  busy: hash, token -> slot of an
@@ -54,9 +56,9 @@ local function conf(q)
   local c = CONF[q]
   if not c then
     local v = redis.call('HMGET', queue_key(q, 'conf'), 'max_batch_size', 'tag_concurrency',
-      'mapped', 'max_deliveries', 'warm_tags')
+      'mapped', 'max_deliveries', 'warm_tags', 'evac', 'revoked')
     c = {batch = tonumber(v[1] or 10), concurrency = tonumber(v[2] or 1), mapped = v[3] == '1',
-      deliveries = tonumber(v[4] or 3), warm = tonumber(v[5] or 1000)}
+      deliveries = tonumber(v[4] or 3), warm = tonumber(v[5] or 1000), stopped = v[6] and true, revoked = v[7] and true}
     CONF[q] = c
   end
   return c

@@ -2,10 +2,17 @@
 
 -- The stamp becomes the first header. Intake admits only messages whose first inner brace
 -- opens the headers, so the place needs no parsing and the message is never re-encoded.
-local function stamped(raw, stamp)
+local function stamped(raw, stamp, note)
   local _, brace = string.find(raw, '{', 2, true)
-  return string.sub(raw, 1, brace) .. '"affinity_stamp": "' .. stamp .. '", '
+  return string.sub(raw, 1, brace) .. '"affinity_stamp": "' .. stamp .. '", ' .. note
     .. string.sub(raw, brace + 1)
+end
+
+-- A revoked task is dispatched like any other: its worker says so to whoever waits for it.
+local function revoked_note(q, raw)
+  if not conf(q).revoked then return '' end
+  local id = cjson.decode(raw).headers.id
+  return redis.call('ZSCORE', P .. 'revoked', id) and '"affinity_revoked": true, ' or ''
 end
 
 -- Send (again) what lease l has out at position k (1 or 2); false if its message is gone.
@@ -17,6 +24,6 @@ local function deliver(l, k, w)
   -- (epoch, send number) names one copy: the numbers grow over the lease, a copy that is sent
   -- again has an "r" behind its number.
   local stamp = table.concat({o.entry, l.epoch, o.send, l.inc, l.i, o.place, starts + 1, l.q}, ' ')
-  redis.call('LPUSH', w.lists[l.q], stamped(raw, stamp))
+  redis.call('LPUSH', w.lists[l.q], stamped(raw, stamp, revoked_note(l.q, raw)))
   return true
 end

@@ -15,6 +15,7 @@ local function withdraw_idle(inc, i, w)
 end
 
 local function next_tag(q)
+  if conf(q).stopped then return nil end
   for _ = 1, 10 do
     local popped = redis.call('ZPOPMIN', queue_key(q, 'ring'))
     if not popped[1] then return nil end
@@ -80,6 +81,6 @@ local function match(q, budget)
       enlist(q, tag, true)
     end
   end
-  if redis.call('ZCARD', queue_key(q, 'ring')) > 0
+  if not conf(q).stopped and redis.call('ZCARD', queue_key(q, 'ring')) > 0
     and redis.call('ZCARD', queue_key(q, 'idle')) > 0 then ring_bell(q) end
 end
