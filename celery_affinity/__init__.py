@@ -10,10 +10,12 @@ from celery_affinity.exceptions import (
     TagError,
     UndeclaredQueueError,
 )
+from celery_affinity.guard import refuse_workers_without_affinity
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.task import affinity_task
 from celery_affinity.types import (
     DeadLetter,
+    EvacuationRecord,
     LeaderRecord,
     QueueStats,
     SlotRecord,
@@ -22,6 +24,8 @@ from celery_affinity.types import (
 )
 
 __version__ = "0.1.0"
+
+refuse_workers_without_affinity()
 
 __all__ = (
     # set up
@@ -36,6 +40,7 @@ __all__ = (
     "tag_released",
     # records
     "DeadLetter",
+    "EvacuationRecord",
     "LeaderRecord",
     "QueueStats",
     "SlotRecord",

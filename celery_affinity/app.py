@@ -13,17 +13,29 @@ from celery_affinity import internals
 from celery_affinity.bootstep import ConsumerStep, WorkerStep
 from celery_affinity.connection import connect, same_server
 from celery_affinity.delivery import Delivery, SameRedisDelivery
+from celery_affinity.detour import refuse_pending_queues, to_pending_queue
+from celery_affinity.evacuation import evacuate, resume
 from celery_affinity.exceptions import ConfigurationError, TagError, UndeclaredQueueError
+from celery_affinity.foreign import ForeignConsumers
 from celery_affinity.intake import no_tag
 from celery_affinity.keys import Keys
 from celery_affinity.ledger import Ledger
 from celery_affinity.message import decoded_body
 from celery_affinity.node import Node
+from celery_affinity.revoking import note_revokes
+from celery_affinity.scripts import Scripts
 from celery_affinity.service import SchedulerService
 from celery_affinity.settings import AffinityQueue, AffinitySettings, resolve
-from celery_affinity.task import TagFrom, declare, derive_tag
+from celery_affinity.task import TagFrom, declare, derive_tag, pending_queue
 from celery_affinity.topology import RedisNames
-from celery_affinity.types import DeadLetter, LeaderRecord, QueueStats, TagRecord, WorkerRecord
+from celery_affinity.types import (
+    DeadLetter,
+    EvacuationRecord,
+    LeaderRecord,
+    QueueStats,
+    TagRecord,
+    WorkerRecord,
+)
 
 __all__ = ("Affinity",)
 
@@ -51,8 +63,10 @@ class Affinity:
         #: The running worker's part, in a worker's processes.
         self.node: Node | None = None
         self._service: SchedulerService | None = None
+        self._foreign: ForeignConsumers | None = None
         self._startup_error: Exception | None = None
         app.celery_affinity = self  # type: ignore[attr-defined]
+        note_revokes(app, self._note_revoked)
         app.steps["worker"].add(WorkerStep)
         app.steps["consumer"].add(ConsumerStep)
         signals.worker_init.connect(self._on_worker_init, weak=False)
@@ -153,6 +167,44 @@ class Affinity:
         """Messages that were buried, with the reason."""
         return list(self._ledger.dead_letters(self._declared(queue), limit))
 
+    # Going back
+
+    def evacuate(self, queue: str, timeout: float = 60.0) -> EvacuationRecord:
+        """Stop the queue and write what waits back as the plain Celery messages it was.
+
+        In order per tag, due times included. It stays stopped until `resume`.
+
+        Arguments:
+            timeout: Seconds to wait for running tasks; with some left nothing is moved, and a
+                repeat goes on.
+        """
+        declared = self._declared(queue)
+        return evacuate(
+            self._scripts,
+            declared.state,
+            self.delivery.main_list(declared.pending),
+            lambda: self._ledger.entries(declared),
+            timeout,
+        )
+
+    def resume(self, queue: str) -> None:
+        """Let an evacuated queue take messages in and dispatch again."""
+        declared = self._declared(queue)
+        resume(
+            self._scripts,
+            declared.state,
+            self.delivery.main_list(declared.pending),
+            lambda: self._ledger.entries(declared),
+        )
+
+    @cached_property
+    def _scripts(self) -> Scripts:
+        return Scripts(connect(self.redis_url), Keys(self.settings.namespace))
+
+    def _note_revoked(self, ids: list[str]) -> None:
+        if self.settings.queues and not self.app.conf.task_always_eager:
+            self._scripts.revoke([queue.state for queue in self.settings.queues], ids)
+
     # Scheduling, in beat and in workers of role "both"
 
     def start_scheduling(self, node: str) -> None:
@@ -167,9 +219,19 @@ class Affinity:
                 self._fail_buried,
             )
             self._service.start()
+            service = self._service
+            self._foreign = ForeignConsumers(
+                lambda seconds: self.app.control.inspect(timeout=seconds).active_queues(),
+                self._pending_names,
+                lambda: service.leading,
+            )
+            self._foreign.start()
 
     def stop_scheduling(self) -> None:
         """Resign, so that another node takes over at once."""
+        if self._foreign is not None:
+            self._foreign.stop()
+            self._foreign = None
         if self._service is not None:
             self._service.stop()
             self._service = None
@@ -226,7 +288,10 @@ class Affinity:
             for queue in self.settings.queues
             if selected is None or queue.name in selected or queue.pending in selected
         ]
-        if not serves or self.settings.role == "scheduler":
+        if self.settings.role == "scheduler":
+            self._consume_no_pending_queue(selected)
+            serves = []
+        if not serves:
             logger.info(
                 "This worker serves no affinity queue (declared: %s; consumed: %s).",
                 ", ".join(map(repr, self.settings.queue_names)) or "none",
@@ -237,6 +302,20 @@ class Affinity:
         affinity = {name for queue in serves for name in (queue.name, queue.pending)}
         ordinary = bool(set(known) - affinity)
         return Node(worker, self.settings, self.redis_url, self.delivery, serves, ordinary)
+
+    @property
+    def _pending_names(self) -> set[str]:
+        """Queues that nobody may consume past the ledger."""
+        return {name for queue in self.settings.queues for name in (queue.name, queue.pending)}
+
+    def _consume_no_pending_queue(self, selected: list[str] | None) -> None:
+        named = self._pending_names & set(selected or ())
+        if named:
+            raise ConfigurationError(
+                f"role 'scheduler' runs no affinity tasks, but -Q names {sorted(named)[0]!r}: "
+                "leave it out, or use role 'worker' or 'both'"
+            )
+        internals.consume_worker_queues(self.app, self._pending_names, [])
 
     def _check_tasks(self) -> None:
         for task in self.app.tasks.values():
@@ -259,6 +338,22 @@ class Affinity:
             logger.info("celery_affinity\n%s", self.banner(), extra={"action": "banner"})
         if self.node is not None and self.settings.role == "both":
             self.start_scheduling(self.node.name)
+
+    def consumer_started(self, consumer: Any) -> None:
+        """The worker (re)connected; its strategies were built anew."""
+        if self.node is not None:
+            self.node.consumer_started(consumer)
+        refuse_pending_queues(consumer, self._pending_names)
+        for name, task in self.app.tasks.items():
+            if not hasattr(task, "affinity_tag_from"):
+                continue
+            try:
+                pending = pending_queue(task, self.settings, (), {}, None)
+            except UndeclaredQueueError:
+                continue  # no queue of its own, and several to choose from: it runs where it came
+            consumer.strategies[name] = to_pending_queue(
+                self.app, name, pending, consumer.strategies[name], consumer.connection_errors
+            )
 
     def worker_stopping(self) -> None:
         """The worker stops; its pool still runs."""

@@ -36,9 +36,7 @@ class ConsumerStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, consumer: Any) -> None:
         """The strategies and tracers were built anew."""
-        node = consumer.app.celery_affinity.node
-        if node is not None:
-            node.consumer_started(consumer)
+        consumer.app.celery_affinity.consumer_started(consumer)
 
     def stop(self, consumer: Any) -> None:
         """The connection is gone or the worker stops: the heartbeat goes on."""

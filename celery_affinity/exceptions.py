@@ -10,6 +10,7 @@ AffinityError
 from __future__ import annotations
 
 from celery.exceptions import ImproperlyConfigured
+from click import ClickException
 
 __all__ = (
     "AffinityError",
@@ -24,8 +25,11 @@ class AffinityError(Exception):
     """Base of all errors of this package."""
 
 
-class ConfigurationError(AffinityError, ImproperlyConfigured):
-    """Settings, Redis or queues that the system cannot run with."""
+class ConfigurationError(AffinityError, ImproperlyConfigured, ClickException):
+    """Settings, Redis or queues that the system cannot run with.
+
+    A click error too: ``celery worker`` and ``celery beat`` then show the text, not a traceback.
+    """
 
 
 class UndeclaredQueueError(ConfigurationError):

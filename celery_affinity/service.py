@@ -39,6 +39,11 @@ class SchedulerService:
         self._on_bury = on_bury
         self._running: list[tuple[Scheduler, threading.Thread]] = []
 
+    @property
+    def leading(self) -> bool:
+        """Whether a term of any queue is held."""
+        return any(scheduler.leading for scheduler, _ in self._running)
+
     def start(self) -> None:
         """Start a scheduler for each queue. Does not wait for Redis."""
         for queue in self._settings.queues:

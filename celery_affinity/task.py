@@ -17,7 +17,7 @@ from celery_affinity.settings import AffinitySettings
 if TYPE_CHECKING:
     from celery.app.task import Task
 
-__all__ = ("affinity_task", "derive_tag")
+__all__ = ("affinity_task", "derive_tag", "pending_queue")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -101,9 +101,7 @@ def _affinity_of(task: Any) -> _Bound | None:
     return bound
 
 
-def _pending_queue(
-    task: Any, settings: AffinitySettings, args: Any, kwargs: Any, queue: Any
-) -> str:
+def pending_queue(task: Any, settings: AffinitySettings, args: Any, kwargs: Any, queue: Any) -> str:
     """The Celery queue to publish to: the call's, the task's, the route's, or the only one."""
     if queue is None:
         queue = task.affinity_queue
@@ -136,8 +134,11 @@ def _apply_async(
     options["headers"] = {**(headers or {}), TAG_HEADER: tag}
     bound = _affinity_of(self)
     addressed = options.get("routing_key") is not None and options.get("exchange") is not None
-    if bound is not None and not addressed and not self._get_app().conf.task_always_eager:
-        queue = _pending_queue(self, bound.settings, args, kwargs, queue)
+    if not addressed and not self._get_app().conf.task_always_eager:
+        if bound is not None:
+            queue = pending_queue(self, bound.settings, args, kwargs, queue)
+        elif queue is None:
+            queue = self.affinity_queue
     if queue is not None:
         options["queue"] = queue
     return super(type(self), self).apply_async(args, kwargs, *positional, **options)

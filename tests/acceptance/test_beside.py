@@ -124,6 +124,28 @@ def test_ordinary_tasks_alone_work_and_without_q_a_worker_serves_both(
     assert {run.worker for run in runs(history_path) if run.tag == "tag"} == {"both@test"}
 
 
+def test_an_affinity_task_in_an_ordinary_queue_takes_the_detour_through_the_ledger(
+    cluster: Cluster, history_path: Path, producer: Producer
+) -> None:
+    ordinary = cluster.worker(APP, "ordinary", queues="ordinary", environ=QUICK, extra=LEAN)
+    cluster.worker(APP, "affine", queues="jobs", concurrency=2, environ=QUICK, extra=LEAN)
+    ordinary.wait_ready()
+    producer.app.control.add_consumer("jobs", destination=[ordinary.name])
+    ordinary.wait_for_log("Not consuming 'jobs'")
+
+    sent = [
+        producer.app.send_task("jobs.work", ("tag", seq), queue="ordinary", priority=3, **options)
+        for seq, options in enumerate([{}, {"identify_tag": "tag"}, {"countdown": 0.5}])
+    ]
+    producer.send("direct", 5)
+
+    assert [result.get(timeout=20) for result in sent] == [0, 1, 2]
+    wait_for_ends(history_path, 8)
+    assert {run.worker for run in runs(history_path)} == {"affine@test"}
+    assert all(run.epoch for run in runs(history_path))
+    assert ordinary.log_text().count("passed on to 'jobs'") == 3
+
+
 def test_beat_sends_the_apps_periodic_tasks(
     cluster: Cluster, history_path: Path, producer: Producer
 ) -> None:

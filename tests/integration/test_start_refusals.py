@@ -61,6 +61,25 @@ WORKER = ("worker", "-Q", "jobs", "-c", "1", "-P", "solo")
             """,
             "leder_ttl (from app.conf.affinity_leder_ttl): there is no such setting",
         ),
+        (
+            "affinity = Affinity(app, queues=[AffinityQueue('jobs')], role='scheduler')",
+            "role 'scheduler' runs no affinity tasks, but -Q names 'jobs'",
+        ),
+        (
+            """
+            @affinity_task(queue="jobs", tag_from="tag")
+            def task(tag): pass
+            """,
+            "Add to the app's module:  affinity = Affinity(app, queues=[AffinityQueue('jobs')])",
+        ),
+        (
+            """
+            app.conf.task_routes = {"refused.*": "jobs"}
+            @affinity_task(tag_from="tag")
+            def task(tag): pass
+            """,
+            "knows the affinity task 'refused.task', but its app has no Affinity",
+        ),
     ],
 )
 def test_a_worker_with_settings_that_cannot_work_does_not_start(
@@ -68,7 +87,8 @@ def test_a_worker_with_settings_that_cannot_work_does_not_start(
 ) -> None:
     done = start(tmp_path, shared_server.url(), body, *WORKER)
     assert done.returncode != 0
-    assert says in done.stdout + done.stderr
+    assert "\nError: " in done.stderr and "Traceback" not in done.stderr
+    assert says in done.stderr
 
 
 def test_a_beat_with_settings_that_cannot_work_does_not_start(

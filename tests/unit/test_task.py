@@ -211,3 +211,16 @@ def test_the_public_names_are_all_there_and_listed() -> None:
     for name in celery_affinity.__all__:
         assert getattr(celery_affinity, name).__doc__ or name.startswith("tag_"), name
     assert len(set(celery_affinity.__all__)) == len(celery_affinity.__all__)
+
+
+def test_without_affinity_a_call_goes_to_the_queue_that_the_task_names(
+    app: Celery, sent: list[dict[str, Any]]
+) -> None:
+    @affinity_task(queue="invoices", tag_from="tag", name="unit.unbound")
+    def task(tag: str) -> None: ...
+
+    task.delay("a")
+
+    assert [(call["queue"], call["headers"]) for call in sent] == [
+        ("invoices", {"identify_tag": "a"})
+    ]
