@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from celery import Celery, signals
@@ -15,7 +15,8 @@ from celery_affinity.connection import connect, same_server
 from celery_affinity.delivery import Delivery, SameRedisDelivery
 from celery_affinity.detour import refuse_pending_queues, to_pending_queue
 from celery_affinity.evacuation import evacuate, resume
-from celery_affinity.exceptions import ConfigurationError, TagError, UndeclaredQueueError
+from celery_affinity.exceptions import ConfigurationError, UndeclaredQueueError
+from celery_affinity.failing import fail_buried
 from celery_affinity.foreign import ForeignConsumers
 from celery_affinity.intake import no_tag
 from celery_affinity.keys import Keys
@@ -216,7 +217,7 @@ class Affinity:
                 self.delivery,
                 node,
                 self._tag_of_message,
-                self._fail_buried,
+                partial(fail_buried, self.app),
             )
             self._service.start()
             service = self._service
@@ -242,20 +243,6 @@ class Affinity:
             return no_tag(message)
         args, kwargs, _ = decoded_body(message, self.app.conf.accept_content)
         return derive_tag(task, args, kwargs)
-
-    def _fail_buried(self, message: Mapping[str, Any], reason: str) -> None:
-        """Whoever waits for the result of a buried message learns that there will be none."""
-        headers = message.get("headers")
-        task_id = headers.get("id") if isinstance(headers, dict) else None
-        if (
-            isinstance(headers, dict)
-            and isinstance(task_id, str)
-            and not headers.get("ignore_result")
-        ):
-            try:
-                self.app.backend.mark_as_failure(task_id, TagError(reason))
-            except Exception:
-                logger.exception("Could not store the failure of buried task %s.", task_id)
 
     def banner(self) -> str:
         """Settings that are not defaults, each with its origin, a line each."""

@@ -17,7 +17,7 @@ from celery_affinity.delivery import Delivery
 from celery_affinity.gate import Gate
 from celery_affinity.keys import Keys
 from celery_affinity.reporter import Reporter
-from celery_affinity.request import bury_unknown_tasks, strategy_for
+from celery_affinity.request import requeue_unknown_tasks, strategy_for
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.topology import worker_queue, worker_queue_name
@@ -152,7 +152,7 @@ class Node:
             consumer.strategies[name] = strategy_for(
                 task, self.app, consumer, consumer.strategies[name], self.reporter, to_pool
             )
-        bury_unknown_tasks(consumer, self.reporter)
+        requeue_unknown_tasks(consumer, self.reporter)
         if not self._started:
             check_server(self._scripts().client, logger)
         self.reporter.register()

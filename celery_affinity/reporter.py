@@ -113,13 +113,15 @@ class Reporter:
 
     # Called for single messages, in the worker's main thread (LedgerEnds)
 
-    def discard(self, stamp: Stamp, verdict: str, reason: str = "") -> None:
-        """A dispatched message ended here without being started."""
-        self._tell(
+    def discard(self, stamp: Stamp, verdict: str, reason: str = "") -> bool:
+        """A dispatched message ended here without being started. False if it was requeued."""
+        answer = self._tell(
             lambda: self._scripts.discard(
                 stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.send, verdict, reason
             )
         )
+        # Untold, or no longer this node's: the ledger has it still, and it comes again somewhere.
+        return answer == 1 if verdict == "unknown" else True
 
     def finish(self, stamp: Stamp) -> None:
         """A running task was ended; its process is being stopped."""
