@@ -12,7 +12,7 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
@@ -37,6 +37,7 @@ class Reporter:
     Arguments:
         connect: Makes a client; one for the heartbeat's thread, one for the caller's.
         announcement: Keyword arguments of `Scripts.register`, made at each registration.
+        looks: Called after each beat, in the heartbeat's thread.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Reporter:
         incarnation: str,
         announcement: Callable[[], dict[str, Any]],
         interval_seconds: float,
+        looks: Sequence[Callable[[Scripts], None]] = (),
     ) -> None:
         self.held = Held()
         self.held.on_end = self._on_end
@@ -53,6 +55,7 @@ class Reporter:
         self._incarnation = incarnation
         self._announcement = announcement
         self._interval = interval_seconds
+        self._looks = looks
         self._beats = count(1)
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
@@ -160,6 +163,8 @@ class Reporter:
                 while self._to_vacate:
                     scripts.vacate(self._incarnation, f"slot:{self._to_vacate.popleft()}")
                 self._beat(scripts, GRACE_MS)
+                for look in self._looks:
+                    look(scripts)
             except RedisError as error:
                 self._reachability.unanswered(error)
                 time.sleep(min(0.5, self._interval))
