@@ -37,8 +37,8 @@ def affinity_conf(app: Any) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _setting(name: str, namespace: str) -> str | None:
-    prefixes = (f"{namespace.upper()}_AFFINITY_",) if namespace else ("AFFINITY_", "CELERY_AFFINITY_")
-    for prefix in prefixes:
+    own = f"{namespace.upper()}_AFFINITY_"
+    for prefix in (own,) if namespace else ("AFFINITY_", "CELERY_AFFINITY_"):
         if name.upper().startswith(prefix):
             return name[len(prefix) :].lower()
     # Celery takes a setting without its namespace too, if that is in lower case.
