@@ -14,47 +14,52 @@ __all__ = ("Namesake",)
 
 logger = logging.getLogger(__name__)
 
+#: State of a worker that does not drain; one that does was told to stop, perhaps for this node.
+ACTIVE = b"active"
+
 
 class Namesake:
-    """Says it once. A record alone proves nothing: a predecessor that was killed is still
-    registered. So those found at the start are suspects until one of them reports again.
+    """Says it once, and only at the later of the two.
+
+    A record alone proves nothing: a predecessor that was killed is still registered. So those
+    found before the registration are suspects until one of them reports again.
     """
 
     def __init__(self, name: str, incarnation: str) -> None:
         self._name = name
         self._incarnation = incarnation
-        #: Incarnation -> when its heartbeat was due as it was found; None before the first look.
-        self._suspects: dict[bytes, float] | None = None
+        #: Incarnation -> when its heartbeat was due as it was found.
+        self._suspects: dict[bytes, float] = {}
 
-    def look(self, scripts: Scripts) -> None:
-        """Ask the ledger; costs nothing once the suspects have gone."""
-        client: Any = scripts.client
-        if self._suspects is None:
-            self._suspects = self._found(scripts)
-        elif self._suspects:
-            names = list(self._suspects)
-            for name, due in zip(names, client.zmscore(scripts.keys.workers, names), strict=True):
-                if due is None:
-                    del self._suspects[name]
-                elif due > self._suspects[name]:
-                    self._suspects.clear()
-                    self._tell(name)
-                    return
-
-    def _found(self, scripts: Scripts) -> dict[bytes, float]:
+    def before_registration(self, scripts: Scripts) -> None:
+        """Look for workers of this name."""
         client: Any = scripts.client
         workers = client.zrange(scripts.keys.workers, 0, -1, withscores=True)
         with client.pipeline(transaction=False) as pipe:
             for incarnation, _ in workers:
                 pipe.hmget(scripts.keys.worker(incarnation.decode(), "info"), "name", "state")
             records = pipe.execute()
-        # One that drains has been told to stop: this node may well be its successor.
-        wanted = [self._name.encode(), b"active"]
-        return {
+        wanted = [self._name.encode(), ACTIVE]
+        self._suspects = {
             incarnation: due
             for (incarnation, due), record in zip(workers, records, strict=True)
-            if record == wanted and incarnation.decode() != self._incarnation
+            if record == wanted
         }
+
+    def look(self, scripts: Scripts) -> None:
+        """Whether a suspect has reported since. Costs nothing once they have gone."""
+        client: Any = scripts.client
+        if self._suspects:
+            names = list(self._suspects)
+            for name, due in zip(names, client.zmscore(scripts.keys.workers, names), strict=True):
+                if due is None:
+                    del self._suspects[name]
+                elif due > self._suspects[name]:
+                    del self._suspects[name]
+                    if client.hget(scripts.keys.worker(name.decode(), "info"), "state") == ACTIVE:
+                        self._suspects.clear()
+                        self._tell(name)
+                        return
 
     def _tell(self, incarnation: bytes) -> None:
         logger.warning(

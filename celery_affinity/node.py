@@ -71,7 +71,8 @@ class Node:
         )
         pending = {queue.state: queue.pending for queue in serves}
         internals.settle_own_retries(self.app, pending.get)
-        looks = [Namesake(self.name, self.incarnation).look]
+        self._namesake = Namesake(self.name, self.incarnation)
+        looks = [self._namesake.look]
         if settings.role == "worker":
             names = {queue.state: queue.name for queue in serves}
             looks.append(Vacancy(names, 2 * settings.leader_ttl).look)
@@ -160,7 +161,9 @@ class Node:
             )
         bury_unknown_tasks(consumer, self.reporter)
         if not self._started:
-            check_server(self._scripts().client, logger)
+            scripts = self._scripts()
+            check_server(scripts.client, logger)
+            self._namesake.before_registration(scripts)
         self.reporter.register()
         if self._started:
             self.reporter.reconnected()
