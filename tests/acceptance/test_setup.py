@@ -127,7 +127,7 @@ def test_a_beat_cannot_have_the_role_of_a_worker(cluster: Cluster) -> None:
 
 
 def test_a_worker_without_a_leader_says_once_what_to_start_and_when_there_is_one(
-    cluster: Cluster, history_path: Path, producer: Producer
+    cluster: Cluster, history_path: Path, producer: Producer, redis: Redis
 ) -> None:
     worker = cluster.worker(
         APP, queues="jobs", environ={**QUICK, **WORKER_ONLY}, extra=LEAN
@@ -135,16 +135,7 @@ def test_a_worker_without_a_leader_says_once_what_to_start_and_when_there_is_one
     worker.wait_for_log(NOBODY)
     said = worker.log_text()
     assert "`celery -A <app> beat -S affinity`" in said and "`--affinity-role both`" in said
-    beats = ["0"]
-
-    def has_beaten(times: int) -> bool:
-        now = producer.affinity._scripts.client.hget(
-            f"{{affinity:default}}:w:{producer.affinity.workers()[0].worker_id}:info", "beat"
-        ).decode().split(".")[1]
-        return int(now) >= int(beats[0]) + times
-
-    beats[0] = "20"  # many more than the two ttls take
-    wait_until(lambda: has_beaten(0), 60, "twenty heartbeats")
+    wait_until(lambda: beats(redis, producer) >= 20, 60, "many more beats than two ttls take")
     assert worker.log_text().count(NOBODY) == 1
 
     beat = cluster.beat(APP, environ=QUICK)
@@ -199,16 +190,27 @@ def test_two_workers_of_one_name_both_work_and_the_newcomer_says_so_once(
 
 
 def test_a_worker_that_comes_back_after_a_kill_meets_no_namesake(
-    cluster: Cluster, history_path: Path, producer: Producer
+    cluster: Cluster, producer: Producer, redis: Redis
 ) -> None:
     """Its predecessor is registered until its heartbeat is overdue, but silent."""
-    cluster.beat(APP, environ=QUICK)
-    worker = cluster.worker(APP, queues="jobs", environ={**QUICK, **WORKER_ONLY}, extra=LEAN)
+    patient = {**QUICK, "AFFINITY_HEARTBEAT_TIMEOUT": "600"}
+    worker = cluster.worker(APP, queues="jobs", environ=patient, extra=LEAN)
     wait_for_nodes(producer.affinity, 1)
+    (killed,) = producer.affinity.workers()
     worker.destroy()
     worker.start()
     wait_for_nodes(producer.affinity, 2)
-    wait_for_nodes(producer.affinity, 1)
-    producer.send("a", 3)
-    wait_for_ends(history_path, 3)
+    wait_until(
+        lambda: (leader := producer.affinity.leader("jobs")) and f"/{worker.pid}/" in leader.leader,
+        60, "its term",
+    )
+    seen = beats(redis, producer, but=killed.worker_id)
+    wait_until(lambda: beats(redis, producer, but=killed.worker_id) >= seen + 3, 60, "some beats")
     assert "Another running worker" not in worker.log_text()
+
+
+def beats(redis: Redis, producer: Producer, but: str = "") -> int:
+    """How often a worker has reported; there is one, except `but`."""
+    (worker,) = [w.worker_id for w in producer.affinity.workers() if w.worker_id != but]
+    beat = redis.hget(f"{{affinity:default}}:w:{worker}:info", "beat") or b"0.0"
+    return int(beat.split(b".")[1])
