@@ -137,6 +137,7 @@ def test_a_worker_without_a_leader_says_once_what_to_start_and_when_there_is_one
     assert "`celery -A <app> beat -S affinity`" in said and "`--affinity-role both`" in said
     wait_until(lambda: beats(redis, producer) >= 20, 60, "many more beats than two ttls take")
     assert worker.log_text().count(NOBODY) == 1
+    assert "cmdstat_mget" in redis.info("commandstats")
 
     beat = cluster.beat(APP, environ=QUICK)
     worker.wait_for_log("'jobs' is scheduled again, by beat@", 60)
@@ -145,19 +146,6 @@ def test_a_worker_without_a_leader_says_once_what_to_start_and_when_there_is_one
     beat.kill9()
     wait_until(lambda: worker.log_text().count(NOBODY) == 2, 60, "a second warning")
     assert worker.log_text().count("is scheduled again") == 1
-
-
-def test_a_worker_that_schedules_or_has_a_leader_says_nothing(
-    cluster: Cluster, history_path: Path, producer: Producer
-) -> None:
-    beat = cluster.beat(APP, environ=QUICK)
-    wait_until(lambda: producer.affinity.leader("jobs"), 60, "a leader")
-    worker = cluster.worker(APP, queues="jobs", environ={**QUICK, **WORKER_ONLY}, extra=LEAN)
-    wait_for_nodes(producer.affinity, 1)
-    producer.send("a", 1, ms=6000)  # three times the ttl
-    wait_for_ends(history_path, 1)
-    assert NOBODY not in worker.log_text()
-    assert beat.alive
 
 
 def test_two_workers_of_one_name_both_work_and_the_newcomer_says_so_once(
@@ -207,6 +195,8 @@ def test_a_worker_that_comes_back_after_a_kill_meets_no_namesake(
     seen = beats(redis, producer, but=killed.worker_id)
     wait_until(lambda: beats(redis, producer, but=killed.worker_id) >= seen + 3, 60, "some beats")
     assert "Another running worker" not in worker.log_text()
+    # With role "both" it does not ask who leads: it campaigns.
+    assert "cmdstat_mget" not in redis.info("commandstats")
 
 
 def beats(redis: Redis, producer: Producer, but: str = "") -> int:
