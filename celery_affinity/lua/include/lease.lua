@@ -46,7 +46,7 @@ end
 -- process, one else, and one for a tag with several leases. Past max_batch_size only while no
 -- other tag waits.
 local function pump(l, w)
-  if conf(l.q).stopped then return 0 end
+  if conf(l.q).stopped or not serves(w, l.q, l.i) then return 0 end
   local depth = l.cn > 1 and 1 or w.depth
   local batch = conf(l.q).batch
   local sent = 0

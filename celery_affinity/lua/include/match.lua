@@ -3,7 +3,7 @@
 local function offer_idle(inc, i, w)
   redis.call('SADD', worker_key(inc, 'idle'), i)
   for _, q in ipairs(w.queues) do
-    if tonumber(i) < w.slots[q] then
+    if serves(w, q, i) then
       redis.call('ZADD', queue_key(q, 'idle'), text(NOW), inc .. ':' .. i)
     end
   end
@@ -34,7 +34,8 @@ end
 -- Find work for a free slot, in turn over the worker's queues, or mark it as free. A slot that
 -- an ordinary task is owed goes to that one first.
 local function take(inc, i, w)
-  if not w.active or occupied(inc, i) then return end
+  local gone = w.size and tonumber(i) >= w.size
+  if not w.active or gone or occupied(inc, i) then return end
   local owed = redis.call('LPOP', worker_key(inc, 'owed'))
   if owed then
     redis.call('HSET', worker_key(inc, 'busy'), owed, i)
@@ -44,7 +45,7 @@ local function take(inc, i, w)
   if #w.queues > 1 then turn = redis.call('HINCRBY', worker_key(inc, 'info'), 'turn', 1) end
   for step = 1, #w.queues do
     local q = w.queues[(turn + step) % #w.queues + 1]
-    local tag = tonumber(i) < w.slots[q] and next_tag(q)
+    local tag = serves(w, q, i) and next_tag(q)
     if tag and open_lease(q, tag, inc, i, w) then return end
   end
   offer_idle(inc, i, w)
