@@ -140,6 +140,7 @@ def test_a_draining_node_that_changes_is_offered_nothing(bench: Bench) -> None:
     node = bench.node("n", slots=1)
     bench.scripts.drain("n")
     serve(bench, node, 1, 4)
+    assert not bench.client.exists(bench.queue_key("idle"))
     send_and_admit(bench, "ab", 1)
     assert node.receive() is None
     assert not bench.client.exists(bench.queue_key("idle"))
