@@ -224,7 +224,7 @@ class Affinity:
             self._service.start()
             service = self._service
             self._foreign = ForeignConsumers(
-                lambda seconds: self.app.control.inspect(timeout=seconds).active_queues(),
+                self._active_queues,
                 self._pending_names,
                 lambda: service.leading,
             )
@@ -238,6 +238,14 @@ class Affinity:
         if self._service is not None:
             self._service.stop()
             self._service = None
+
+    def _active_queues(self, seconds: float) -> Any:
+        # Over a connection of its own: one of the app's pool would stay in the middle of a BRPOP.
+        # What is forked later closes the pool's connections, and reads to the end of that first:
+        # a new pool process hung there until it was killed.
+        with self.app.connection_for_write() as connection:
+            inspect = self.app.control.inspect(timeout=seconds, connection=connection)
+            return inspect.active_queues()
 
     def _tag_of_message(self, message: Mapping[str, Any]) -> object:
         task = self.app.tasks.get(message["headers"]["task"])

@@ -9,7 +9,7 @@ Each beat looks at both, numbers a change, and tells it to the ledger until the 
 names it as the one in force. So a lost reply, a change made while Redis was away and a ledger that
 was restored from an older copy are made good by the next beats, and an older change that arrives
 late changes nothing (test_a_change_that_comes_late_changes_nothing_and_a_repeat_does_no_harm,
-test_a_change_made_while_redis_is_away_is_told_when_it_is_back).
+test_a_change_is_told_until_the_ledger_has_it).
 """
 
 from __future__ import annotations

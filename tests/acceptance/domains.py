@@ -56,7 +56,8 @@ class Domain:
         return sum(self._numbers.values())
 
     def ask(self, command: str, node: Node, **arguments: Any) -> dict[str, Any]:
-        """A remote-control command's reply from one node."""
+        """A remote-control command's reply from one node, once that is ready."""
+        node.wait_ready()
         replies = self.app.control.broadcast(
             command, arguments=arguments, destination=[node.name], reply=True, timeout=10, limit=1
         )
