@@ -181,18 +181,23 @@ def test_what_cannot_be_consumed_is_refused_in_the_reply(shop: Domain) -> None:
         assert shop.consumed(node) == before
 
 
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("how", ["named in -Q", "without -Q", "without -Q, in task_queues"])
 def test_an_excluded_queue_is_not_served_before_it_is_added(
-    shop: Domain, history_path: Path, named: bool
+    shop: Domain, history_path: Path, how: str
 ) -> None:
-    queues = [shop.invoices, shop.reports] if named else None
-    worker = shop.worker(queues=queues, extra=("-X", shop.invoices))
+    queues = [shop.invoices, shop.reports] if how == "named in -Q" else None
+    worker = shop.worker(
+        queues=queues, extra=("-X", f"{shop.invoices},{shop.ordinary}"),
+        DECLARED="1" if "task_queues" in how else "",
+    )
     shop.send(shop.invoices, "a", 3)
     shop.send(shop.reports, "a", 3)
     wait_for_ends(history_path, 3)
     assert len(of_queue(history_path, shop.reports)) == 3
     serves(shop, shop.reports)
-    assert shop.invoices not in shop.consumed(worker)
+    consumed = shop.consumed(worker)
+    assert shop.invoices not in consumed
+    assert shop.ordinary not in consumed, "nor does an excluded ordinary one come back"
 
     shop.ask("add_consumer", worker, queue=shop.invoices)
     wait_for_ends(history_path, 6)
@@ -237,6 +242,7 @@ def test_slots_follow_a_pool_that_grows_and_shrinks(
     first.touch()
     wait_for_ends(history_path, 12)
     children(worker, 1)
+    wait_until(lambda: not shop.ask("stats", worker)["affinity"]["held"], what="nothing held")
     assert {event["slot"] for event in starts(history_path)[3:]} == {0}
     assert {event["attempt"] for event in starts(history_path)} == {1}
 

@@ -1,7 +1,8 @@
 """An app with two affinity queues, of which several may live on one Redis.
 
 Environment: AFFINITY_TEST_BROKER; DOMAIN, the app's namespace and what its queues' names begin with;
-AFFINITY_TEST_QUEUE, a JSON object of more settings of its queues.
+AFFINITY_TEST_QUEUE, a JSON object of more settings of its queues; DECLARED=1 declares them to Celery,
+too (task_queues).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from billiard.process import current_process
 from celery import Celery, Task
+from kombu import Queue
 
 from celery_affinity import Affinity, AffinityQueue, current
 from history import record
@@ -50,6 +52,8 @@ def make_app(domain: str, broker_url: str, **settings: Any) -> tuple[Celery, Aff
         task_ignore_result=True, broker_connection_retry_on_startup=True,
         task_default_queue=f"{domain}-ordinary",
     )
+    if os.environ.get("DECLARED"):
+        app.conf.task_queues = [Queue(f"{domain}-{name}") for name in (*QUEUES, "ordinary")]
     options = json.loads(os.environ.get("AFFINITY_TEST_QUEUE", "{}"))
     queues = [
         # The ledger's name of a queue is not always its own.
