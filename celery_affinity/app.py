@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from celery import Celery, signals
@@ -15,8 +15,9 @@ from celery_affinity.connection import connect, same_server
 from celery_affinity.delivery import Delivery, SameRedisDelivery
 from celery_affinity.detour import to_pending_queue
 from celery_affinity.evacuation import evacuate, resume
-from celery_affinity.exceptions import ConfigurationError, TagError, UndeclaredQueueError
-from celery_affinity.foreign import ForeignConsumers
+from celery_affinity.exceptions import ConfigurationError, UndeclaredQueueError
+from celery_affinity.failing import fail_buried
+from celery_affinity.foreign import ForeignConsumers, consumed_queues
 from celery_affinity.intake import no_tag
 from celery_affinity.keys import Keys
 from celery_affinity.ledger import Ledger
@@ -219,12 +220,12 @@ class Affinity:
                 self.delivery,
                 node,
                 self._tag_of_message,
-                self._fail_buried,
+                partial(fail_buried, self.app),
             )
             self._service.start()
             service = self._service
             self._foreign = ForeignConsumers(
-                self._active_queues,
+                partial(consumed_queues, self.app),
                 self._pending_names,
                 lambda: service.leading,
             )
@@ -239,34 +240,12 @@ class Affinity:
             self._service.stop()
             self._service = None
 
-    def _active_queues(self, seconds: float) -> Any:
-        # Over a connection of its own: one of the app's pool would stay in the middle of a BRPOP.
-        # What is forked later closes the pool's connections, and reads to the end of that first:
-        # a new pool process hung there until it was killed.
-        with self.app.connection_for_write() as connection:
-            inspect = self.app.control.inspect(timeout=seconds, connection=connection)
-            return inspect.active_queues()
-
     def _tag_of_message(self, message: Mapping[str, Any]) -> object:
         task = self.app.tasks.get(message["headers"]["task"])
         if task is None or getattr(task, "affinity_tag_from", None) is None:
             return no_tag(message)
         args, kwargs, _ = decoded_body(message, self.app.conf.accept_content)
         return derive_tag(task, args, kwargs)
-
-    def _fail_buried(self, message: Mapping[str, Any], reason: str) -> None:
-        """Whoever waits for the result of a buried message learns that there will be none."""
-        headers = message.get("headers")
-        task_id = headers.get("id") if isinstance(headers, dict) else None
-        if (
-            isinstance(headers, dict)
-            and isinstance(task_id, str)
-            and not headers.get("ignore_result")
-        ):
-            try:
-                self.app.backend.mark_as_failure(task_id, TagError(reason))
-            except Exception:
-                logger.exception("Could not store the failure of buried task %s.", task_id)
 
     def banner(self) -> str:
         """Settings that are not defaults, each with its origin, a line each."""

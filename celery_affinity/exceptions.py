@@ -5,6 +5,8 @@ AffinityError
         UndeclaredQueueError    a task names a queue that no AffinityQueue declares
         SchemaVersionError      the ledger was written by an incompatible version
     TagError                a task without a usable tag (also a ValueError)
+        MissingTagError         a task without any
+    BuriedError             the result of a task that went to the dead letters
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from click import ClickException
 
 __all__ = (
     "AffinityError",
+    "BuriedError",
     "ConfigurationError",
+    "MissingTagError",
     "SchemaVersionError",
     "TagError",
     "UndeclaredQueueError",
@@ -61,3 +65,11 @@ class SchemaVersionError(ConfigurationError):
 
 class TagError(AffinityError, ValueError):
     """A task without a usable tag."""
+
+
+class MissingTagError(TagError):
+    """A task without a tag, in a queue whose tasks need one."""
+
+
+class BuriedError(AffinityError):
+    """The result of a task that went to the dead letters, with the reason."""

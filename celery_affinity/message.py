@@ -29,6 +29,7 @@ __all__ = (
     "due_ms",
     "envelope",
     "normalised",
+    "spread_tag",
     "tag_text",
 )
 
@@ -73,6 +74,14 @@ def tag_text(value: object) -> str:
             "use an id or a hash of it"
         )
     return text
+
+
+def spread_tag(task_id: str) -> str:
+    """The tag that a task without one gets: it has it for itself (``untagged="spread"``).
+
+    The prefix is known to the ledger (include/lease.lua), which remembers no slot for such a tag.
+    """
+    return tag_text(f"untagged:{task_id}")
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from celery_affinity.delivery import Delivery
 from celery_affinity.gate import Gate
 from celery_affinity.keys import Keys
 from celery_affinity.reporter import Reporter
-from celery_affinity.request import bury_unknown_tasks, strategy_for
+from celery_affinity.request import requeue_unknown_tasks, strategy_for
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.topology import worker_queue, worker_queue_name
+from celery_affinity.watchdog import Lifeline, Watchdog
 
 __all__ = ("Node",)
 
@@ -67,8 +68,13 @@ class Node:
         )
         pending = {queue.state: queue.pending for queue in settings.queues}
         internals.settle_own_retries(self.app, pending.get)
+        self._lifeline = Lifeline()
         self.reporter = Reporter(
-            self._scripts, self.incarnation, self._announcement, settings.heartbeat_interval
+            self._scripts,
+            self.incarnation,
+            self._announcement,
+            settings.heartbeat_interval,
+            self._lifeline,
         )
         self._started = False
         self._slots = 0
@@ -124,6 +130,8 @@ class Node:
         """Put this process' gate around all tasks of the app."""
         if self._gate is None or self._gate[0] != os.getpid():
             self._gate = os.getpid(), self._make_gate(slot)
+            if self._settings.on_ledger_lost == "stop":
+                self._watch(self._gate[1])
         gate = self._gate[1]
         internals.wrap_tracers(self.app.tasks.values(), gate)
         gate.process_up()
@@ -132,6 +140,10 @@ class Node:
         """This process stops running tasks."""
         if self._gate is not None and self._gate[0] == os.getpid():
             self._gate[1].close()
+
+    def _watch(self, gate: Gate) -> None:
+        dog = Watchdog(self._lifeline, gate.oldest, self._settings.heartbeat_timeout)
+        internals.native_thread(dog.run, "affinity-watchdog")
 
     def _make_gate(self, slot: int | None) -> Gate:
         in_process = slot is None
@@ -146,6 +158,7 @@ class Node:
             in_process=in_process,
             ordinary=True,  # ordinary queues can be added at any time
             trust_seconds=self._settings.heartbeat_timeout / 2,
+            succeeded=partial(internals.stored_success, self.app),
         )
 
     # In the parent, on each start of its consumer
@@ -163,9 +176,9 @@ class Node:
             consumer.strategies[name] = strategy_for(
                 task, self.app, consumer, consumer.strategies[name], self.reporter, to_pool
             )
-        bury_unknown_tasks(consumer, self.reporter)
         most = (lambda: self.slots) if getattr(self._worker, "autoscaler", None) else None
         internals.follow_size(consumer.pool, most, self.reporter.changed)
+        requeue_unknown_tasks(consumer, self.reporter)
         if not self._started:
             check_server(self._scripts().client, logger)
         self.reporter.register()

@@ -29,6 +29,7 @@ from celery_affinity.connection import Reachability
 from celery_affinity.held import Held
 from celery_affinity.message import Stamp
 from celery_affinity.scripts import Scripts
+from celery_affinity.watchdog import Lifeline, seconds
 
 __all__ = ("Reporter",)
 
@@ -44,6 +45,7 @@ class Reporter:
     Arguments:
         connect: Makes a client; one for the heartbeat's thread, one for the caller's.
         announcement: Keyword arguments of `Scripts.register`, as they are at this moment.
+        lifeline: Told of each answered heartbeat.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class Reporter:
         incarnation: str,
         announcement: Callable[[], dict[str, Any]],
         interval_seconds: float,
+        lifeline: Lifeline,
     ) -> None:
+        self._lifeline = lifeline
         self.held = Held()
         self.held.on_end = self._on_end
         self._connect = connect
@@ -78,7 +82,9 @@ class Reporter:
         change, announcement = self._change, self._announcement()
         if self._said is None:
             self._said = _changeable(announcement)
+        sent = seconds()
         self._scripts.register(self._incarnation, **announcement, change=change)
+        self._lifeline.answered(sent)
 
     def changed(self) -> None:
         """The announcement is another one now: tell the ledger soon. Safe in any thread."""
@@ -130,13 +136,15 @@ class Reporter:
 
     # Called for single messages, in the worker's main thread (LedgerEnds)
 
-    def discard(self, stamp: Stamp, verdict: str, reason: str = "") -> None:
-        """A dispatched message ended here without being started."""
-        self._tell(
+    def discard(self, stamp: Stamp, verdict: str, reason: str = "") -> bool:
+        """A dispatched message ended here without being started. False if it was requeued."""
+        answer = self._tell(
             lambda: self._scripts.discard(
                 stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.send, verdict, reason
             )
         )
+        # Untold, or no longer this node's: the ledger has it still, and it comes again somewhere.
+        return answer == 1 if verdict == "unknown" else True
 
     def finish(self, stamp: Stamp) -> None:
         """A running task was ended; its process is being stopped."""
@@ -186,10 +194,13 @@ class Reporter:
                 time.sleep(min(0.5, self._interval))
 
     def _beat(self, scripts: Scripts, grace_ms: int) -> None:
+        sent = seconds()
         registered, again, back, self._in_force = scripts.heartbeat(
             self._incarnation, f"{os.getpid()}.{next(self._beats)}", grace_ms, self.held.names()
         )
         self._reachability.answered()
+        if registered:
+            self._lifeline.answered(sent)
         if again or back:
             logger.warning(
                 "%d messages were lost on the way and sent again, %d tasks taken back.",
@@ -226,11 +237,14 @@ class Reporter:
             "elsewhere too.",
             extra={"action": "register_anew"},
         )
+        self._lifeline.given_up()
         self._busy_slots = self.held.running_slots()
+        sent = seconds()
         change, announcement = self._change, self._announcement()
         self._in_force = scripts.register(
             self._incarnation, **announcement, busy=sorted(self._busy_slots), change=change
         )
+        self._lifeline.answered(sent)
 
     def _on_end(self, stamp: Stamp) -> None:
         if stamp.slot in self._busy_slots:

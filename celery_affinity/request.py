@@ -23,7 +23,7 @@ from celery_affinity.gate import REFUSED
 from celery_affinity.held import Held
 from celery_affinity.message import REVOKED_HEADER, STAMP_HEADER, Stamp
 
-__all__ = ("LedgerEnds", "bury_unknown_tasks", "strategy_for")
+__all__ = ("LedgerEnds", "requeue_unknown_tasks", "strategy_for")
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ class LedgerEnds(Protocol):
 
     held: Held
 
-    def discard(self, stamp: Stamp, verdict: str, reason: str = "") -> None:
-        """It ended without being started."""
+    def discard(self, stamp: Stamp, verdict: str, reason: str = "") -> bool:
+        """It ended without being started. False if it was requeued, for another worker."""
 
     def finish(self, stamp: Stamp) -> None:
         """It was ended while it ran; its process is being stopped."""
@@ -261,14 +261,24 @@ def strategy_for(
     return handler
 
 
-def bury_unknown_tasks(consumer: Any, ends: LedgerEnds) -> None:
-    """Tell the ledger of dispatched messages whose task this worker does not know."""
+def requeue_unknown_tasks(consumer: Any, ends: LedgerEnds) -> None:
+    """Give back dispatched messages whose task this worker does not know.
+
+    Where no worker is left that may know it, the ledger buries it and Celery's own handler tells
+    whoever waits for the result.
+    """
     stock = type(consumer).on_unknown_task
 
     def on_unknown_task(body: Any, message: Any, exc: Exception) -> None:
         stamp = Stamp.parse((message.headers or {}).get(STAMP_HEADER))
-        if stamp is not None:
-            ends.discard(stamp, "bury", f"unknown task {message.headers.get('task')!r}")
+        if stamp is not None and not ends.discard(stamp, "unknown", str(message.headers["task"])):
+            logger.warning(
+                "Task %s[%s] is unknown here; it goes to a worker that knows it.",
+                message.headers["task"],
+                message.headers.get("id"),
+                extra={"action": "requeue_unknown", "task": message.headers["task"]},
+            )
+            return
         stock(consumer, body, message, exc)
 
     consumer.on_unknown_task = on_unknown_task

@@ -5,8 +5,9 @@ The scripts are data in ``lua/``; a line ``-- @include name`` takes in ``lua/inc
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -113,10 +114,12 @@ class Scripts:
         """End the term at once; False if it was over."""
         return bool(self._call("resign", state, fence))
 
-    def configure(self, state: str, fence: str, limits: Sequence[int], own: dict[str, int]) -> int:
-        """Write max_batch_size, tag_concurrency, max_deliveries, warm_tags and tags' own limits."""
-        pairs = [part for item in own.items() for part in item]
-        return int(self._call("configure", state, fence, *limits, *pairs))
+    def configure(
+        self, state: str, fence: str, limits: Mapping[str, int], own: Mapping[str, int]
+    ) -> int:
+        """Write the queue's limits (names: conf in base.lua) and tags' own concurrencies."""
+        pairs = [part for item in (*limits.items(), *own.items()) for part in item]
+        return int(self._call("configure", state, fence, len(limits), *pairs))
 
     # What the leader does
 
@@ -139,10 +142,32 @@ class Scripts:
         """Admit or bury the message that `admit` stopped at; -1 not leader, 0 it is gone."""
         return int(self._call("resolve", state, fence, raw, *verdict, lists=[pending]))
 
-    def promote(self, state: str, fence: str, limit: int) -> tuple[int, int]:
-        """Returns (promoted or -1, ms until the next entry is due or -1)."""
+    def promote(self, state: str, fence: str, limit: int) -> tuple[int, int, int]:
+        """Returns (promoted or -1, ms until there is more to do or -1, untold burials)."""
         answer = self._call("promote", state, fence, limit)
-        return (-1, -1) if answer[0] == -1 else (int(answer[0]), int(answer[1]))
+        return (-1, -1, 0) if answer[0] == -1 else tuple(map(int, answer))  # type: ignore[return-value]
+
+    def untold(self, state: str, limit: int) -> list[tuple[int, str, bytes]]:
+        """Buried entries whose callers do not know yet, with reason and message. Reads only."""
+        found: Any = self.client.lrange(self.keys.queue(state, "untold"), 0, limit - 1)
+        answer = []
+        for entry in found:
+            meta: Any = self.client.hget(self.keys.queue(state, "dead"), entry)
+            raw: Any = self.client.hget(self.keys.queue(state, "deadm"), entry)
+            reason = (
+                json.loads(meta.decode("utf-8", "replace"))["reason"]
+                if meta
+                else "taken out of the dead letters"
+            )
+            answer.append((int(entry), str(reason), raw or b""))
+        return answer
+
+    def told(
+        self, state: str, fence: str, entries: Sequence[int], failed: int | None = None
+    ) -> int:
+        """Note that callers know of these burials; -1 if not the leader."""
+        postponed = "" if failed is None else failed
+        return int(self._call("told", state, fence, postponed, *entries))
 
     def revoke(self, states: Sequence[str], ids: Sequence[str]) -> int:
         """Note tasks that must not run; see revoke.lua."""
@@ -288,9 +313,9 @@ class Scripts:
         send: str,
         verdict: str,
         reason: str = "",
-    ) -> bool:
+    ) -> int:
         """End a dispatched message that was never started; see discard.lua."""
-        return bool(self._call("discard", incarnation, slot, entry, epoch, send, verdict, reason))
+        return int(self._call("discard", incarnation, slot, entry, epoch, send, verdict, reason))
 
     def lost(self, incarnation: str, slot: int, entry: str, epoch: str, state: str) -> str:
         """What becomes of a task whose process is gone: settled, requeued or buried."""

@@ -196,7 +196,7 @@ def test_two_queues_of_a_node_share_its_slots(bench: Bench, depth: int) -> None:
     bench.lead(batch=3)
     term, _ = bench.scripts.claim("p", "leader/1", 60_000)
     fence_p = f"leader/1 {term}"
-    bench.scripts.configure("p", fence_p, (3, 1, 3, 100), {})
+    bench.scripts.configure("p", fence_p, {"max_batch_size": 3}, {})
     lists = {"q": bench.pending + "-wq", "p": bench.pending + "-wp"}
     bench.scripts.register(
         "n", name="n", depth=depth, slots=2, role="worker", timeout_ms=60_000, junk=[],

@@ -10,6 +10,7 @@ from typing import Any
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from celery_affinity.reporter import Reporter
+from celery_affinity.watchdog import Lifeline
 from harness import wait_until
 
 
@@ -58,6 +59,7 @@ def reporting(scripts: FakeScripts, node: dict[str, Any]) -> Iterator[Reporter]:
         "incarnation",
         lambda: {"slots": node["slots"], "queues": [], "junk": []},
         0.01,
+        Lifeline(),
     )
     reporter.register()
     thread = threading.Thread(target=reporter.run, daemon=True)

@@ -72,8 +72,33 @@ def test_odd_queue_names_are_taken(name: str) -> None:
 
 
 def test_an_unknown_setting_of_a_queue_names_the_known_ones() -> None:
-    with pytest.raises(ConfigurationError, match=r"batch_size.*known: max_batch_size"):
+    with pytest.raises(ConfigurationError, match=r"batch_size.*known: .*max_batch_size"):
         AffinityQueue("q", batch_size=3)
+
+
+@pytest.mark.parametrize(
+    "ordered, milliseconds", [(False, 0), (True, 300_000), (60, 60_000), (1, 1_000), (0.5, 500)]
+)
+def test_ordered_retries_is_a_yes_or_a_bound(ordered: float, milliseconds: int) -> None:
+    assert AffinityQueue("q", ordered_retries=ordered).limits["ordered"] == milliseconds
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"on_lost": "retry"}, "on_lost"),
+        ({"untagged": "ignore"}, "untagged"),
+        ({"ordered_retries": -1}, "ordered_retries"),
+        ({"warm_wait": -1}, "warm_wait"),
+        ({"warm_wait": 1, "warm_tags": 0}, "warm_wait .1 s. needs warm_tags above 0"),
+        ({"max_batch_seconds": 0}, "max_batch_seconds"),
+    ],
+)
+def test_a_setting_of_a_queue_that_cannot_be_meant_is_refused(
+    settings: dict[str, object], says: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        AffinityQueue("q", **settings)
 
 
 def test_settings_cannot_be_changed_afterwards() -> None:
