@@ -62,9 +62,11 @@ def test_two_apps_with_two_queues_each_share_no_key_limit_or_task(
     history = History.load(history_path)
     for run in history.runs:
         assert run.worker == f"w1@{run.tag.split('-')[0]}", "no task ran in the other app"
-    history.assert_lawful(
+    found = history.violations(
         concurrency={run.tag: 2 if run.tag.startswith("bank") else 1 for run in history.runs}
     )
+    # Of two that were let start in order one after the other, either process may record first.
+    assert [str(v) for v in found if v.kind != "order" or v.tag.startswith("shop")] == []
 
 
 def test_what_is_done_to_one_queue_is_not_done_to_another(
