@@ -10,6 +10,8 @@ from typing import Any
 from celery import Celery, signals
 
 from celery_affinity import internals
+from celery_affinity.appconf import affinity_conf
+from celery_affinity.banner import banner
 from celery_affinity.bootstep import ConsumerStep, WorkerStep
 from celery_affinity.connection import connect, same_server
 from celery_affinity.delivery import Delivery, SameRedisDelivery
@@ -23,6 +25,7 @@ from celery_affinity.keys import Keys
 from celery_affinity.ledger import Ledger
 from celery_affinity.message import decoded_body
 from celery_affinity.node import Node
+from celery_affinity.options import add_role_option
 from celery_affinity.remote_control import refuse_in_replies, steer
 from celery_affinity.revoking import note_revokes
 from celery_affinity.scripts import Scripts
@@ -66,9 +69,13 @@ class Affinity:
         self.node: Node | None = None
         self._service: SchedulerService | None = None
         self._foreign: ForeignConsumers | None = None
+        self._node_name = ""
         self._startup_error: Exception | None = None
+        self._command_line: dict[str, str] = {}
         app.celery_affinity = self  # type: ignore[attr-defined]
         note_revokes(app, self._note_revoked)
+        add_role_option(app, self._take_role)
+        app.on_after_configure.connect(self._forget_settings, weak=False)
         app.steps["worker"].add(WorkerStep)
         app.steps["consumer"].add(ConsumerStep)
         self._excluded: set[str] = set()
@@ -82,8 +89,16 @@ class Affinity:
 
     @cached_property
     def _resolved(self) -> tuple[AffinitySettings, dict[str, str]]:
-        found, origins = resolve(_affinity_conf(self.app.conf), self._arguments)
-        return found, origins
+        conf, written = affinity_conf(self.app)
+        return resolve(conf, self._arguments, command_line=self._command_line, written=written)
+
+    def _take_role(self, role: str) -> None:
+        self._command_line["role"] = role
+        self._forget_settings()
+
+    def _forget_settings(self, **_: Any) -> None:
+        """The app is configured (anew), or the command line was read."""
+        self.__dict__.pop("_resolved", None)
 
     @property
     def settings(self) -> AffinitySettings:
@@ -249,14 +264,7 @@ class Affinity:
 
     def banner(self) -> str:
         """Settings that are not defaults, each with its origin, a line each."""
-        values = self.settings.model_dump()
-        lines = [f".> queues:      {', '.join(self.settings.queue_names) or '(none)'}"]
-        lines += [
-            f".> {name}: {values[name]} ({origin})"
-            for name, origin in self.origins.items()
-            if name not in ("queues", "redis_url")
-        ]
-        return "\n".join(lines)
+        return banner(self.settings, self.origins)
 
     # The worker's hooks (wired by bootstep.py)
 
@@ -269,6 +277,7 @@ class Affinity:
         if sender.app is not self.app:
             return
         refuse_in_replies()
+        self._node_name = str(sender.hostname)
         try:
             self.node = self._make_node(sender)
         except Exception as error:
@@ -287,7 +296,8 @@ class Affinity:
         ]
         if self.settings.role == "scheduler":
             self._consume_no_pending_queue(selected)
-            serves = []
+            _ = self.redis_url  # one that cannot be used stops the start here
+            return None
         if not serves:
             logger.info(
                 "This worker serves no affinity queue (declared: %s; consumed: %s).",
@@ -329,10 +339,11 @@ class Affinity:
 
     def worker_started(self) -> None:
         """The worker's pool is up."""
-        if self.node is not None:
+        role = self.settings.role
+        if self.node is not None or role == "scheduler":
             logger.info("celery_affinity\n%s", self.banner(), extra={"action": "banner"})
-        if self.node is not None and self.settings.role == "both":
-            self.start_scheduling(self.node.name)
+            if role != "worker":
+                self.start_scheduling(self._node_name)
 
     def consumer_started(self, consumer: Any) -> None:
         """The worker (re)connected; its strategies were built anew."""
@@ -378,14 +389,3 @@ class Affinity:
         index = internals.pool_process_index()
         if self.node is not None and index is not None:
             self.node.open_gates(index)
-
-
-def _affinity_conf(conf: Any) -> dict[str, Any]:
-    """The ``affinity_*`` settings of an app, also ``CELERY_AFFINITY_*`` under a namespace."""
-    found: dict[str, Any] = {}
-    names = {name.lower() for name in conf.keys() if isinstance(name, str)}
-    for name in names:
-        for prefix in ("affinity_", "celery_affinity_"):
-            if name.startswith(prefix):
-                found[name[len(prefix) :]] = conf.get(name[name.index("affinity_") :])
-    return {name: value for name, value in found.items() if value is not None}

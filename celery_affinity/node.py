@@ -17,11 +17,13 @@ from celery_affinity.connection import check_server, connect
 from celery_affinity.delivery import Delivery
 from celery_affinity.gate import Gate
 from celery_affinity.keys import Keys
+from celery_affinity.namesake import Namesake
 from celery_affinity.reporter import Reporter
 from celery_affinity.request import requeue_unknown_tasks, strategy_for
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.topology import worker_queue, worker_queue_name
+from celery_affinity.vacancy import Vacancy
 from celery_affinity.watchdog import Lifeline, Watchdog
 
 __all__ = ("Node",)
@@ -69,12 +71,18 @@ class Node:
         pending = {queue.state: queue.pending for queue in settings.queues}
         internals.settle_own_retries(self.app, pending.get)
         self._lifeline = Lifeline()
+        self._namesake = Namesake(self.name, self.incarnation)
+        looks = [self._namesake.look]
+        if settings.role == "worker":
+            names = {queue.state: queue.name for queue in serves}
+            looks.append(Vacancy(names, 2 * settings.leader_ttl).look)
         self.reporter = Reporter(
             self._scripts,
             self.incarnation,
             self._announcement,
             settings.heartbeat_interval,
             self._lifeline,
+            looks,
         )
         self._started = False
         self._slots = 0
@@ -180,7 +188,9 @@ class Node:
         internals.follow_size(consumer.pool, most, self.reporter.changed)
         requeue_unknown_tasks(consumer, self.reporter)
         if not self._started:
-            check_server(self._scripts().client, logger)
+            scripts = self._scripts()
+            check_server(scripts.client, logger)
+            self._namesake.before_registration(scripts)
         self.reporter.register()
         if self._started:
             self.reporter.reconnected()

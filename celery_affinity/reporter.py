@@ -19,7 +19,7 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
@@ -46,6 +46,7 @@ class Reporter:
         connect: Makes a client; one for the heartbeat's thread, one for the caller's.
         announcement: Keyword arguments of `Scripts.register`, as they are at this moment.
         lifeline: Told of each answered heartbeat.
+        looks: Called after each beat, in the heartbeat's thread.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Reporter:
         announcement: Callable[[], dict[str, Any]],
         interval_seconds: float,
         lifeline: Lifeline,
+        looks: Sequence[Callable[[Scripts], None]] = (),
     ) -> None:
         self._lifeline = lifeline
         self.held = Held()
@@ -64,6 +66,7 @@ class Reporter:
         self._incarnation = incarnation
         self._announcement = announcement
         self._interval = interval_seconds
+        self._looks = looks
         self._beats = count(1)
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
@@ -186,6 +189,8 @@ class Reporter:
                     scripts.vacate(self._incarnation, f"slot:{self._to_vacate.popleft()}")
                 self._tell_changes(scripts)
                 self._beat(scripts, GRACE_MS)
+                for look in self._looks:
+                    look(scripts)
             except RedisError as error:
                 self._reachability.unanswered(error)
                 time.sleep(min(0.5, self._interval))
