@@ -33,10 +33,12 @@ from celery.worker import state as worker_state
 from celery_affinity.exceptions import ConfigurationError
 from celery_affinity.gate import REFUSED, Gate, Run, current_run
 from celery_affinity.message import STAMP_HEADER, Stamp, due_ms, envelope
+from celery_affinity.resizing import ResizablePool, call_after_resizing
 
 __all__ = (
     "SlotTaskPool",
     "consume_worker_queues",
+    "follow_size",
     "native_thread",
     "pool_process_index",
     "refusal",
@@ -188,7 +190,7 @@ def consume_worker_queues(app: Any, instead_of: Iterable[str], queues: Iterable[
     known = app.amqp.queues
     pending = set(instead_of)
     if known._consume_from is None:
-        known.select([name for name in known if name not in pending])
+        known.select([name for name in known.consume_from if name not in pending])
     else:
         for name in pending & set(known._consume_from):
             known.deselect(name)
@@ -199,7 +201,7 @@ def consume_worker_queues(app: Any, instead_of: Iterable[str], queues: Iterable[
 # The pool: a slot is a process
 
 
-class SlotPool(AsynPool):  # type: ignore[misc]
+class SlotPool(ResizablePool):
     """A prefork pool in which a dispatched job runs in the process of its slot.
 
     A job whose process is busy (or being replaced) waits in a buffer of its slot, outside of
@@ -285,6 +287,11 @@ class SlotPool(AsynPool):  # type: ignore[misc]
             # process answers, which then waits 30 s for that answer to be counted.
             return
         waiting = self.slot_buffers.get(slot)
+        if waiting and slot >= self.target:
+            if self.most is None or slot >= self.most():
+                self._refuse(slot, lambda job: True)
+                return
+            self.grow(slot + 1 - self.target)
         while waiting and (waiting[0]._accepted or _is_revoked(waiting[0])):
             waiting.popleft().discard()
         if not waiting:
@@ -305,6 +312,7 @@ class SlotPool(AsynPool):  # type: ignore[misc]
     def on_job_ready(self, job: Any, i: Any, obj: Any, inqW_fd: int) -> None:
         """A process has finished a job: its slot's next one follows."""
         super().on_job_ready(job, i, obj, inqW_fd)
+        self.retire(done=job)
         proc = self._fileno_to_inq.get(inqW_fd)
         if proc is not None and self.slot_buffers.get(proc.index):
             self._feed(proc.index)
@@ -329,6 +337,7 @@ class SlotPool(AsynPool):  # type: ignore[misc]
     def on_process_alive(self, pid: int) -> None:
         """A new process is up and takes over the jobs that wait for its slot."""
         super().on_process_alive(pid)
+        self.retire()
         proc = next((p for p in self._pool if p.pid == pid), None)
         if proc is not None:
             self._feed(proc.index)
@@ -340,13 +349,16 @@ class SlotPool(AsynPool):  # type: ignore[misc]
         """
         super().on_job_process_lost(job, pid, exitcode)
         stamp = getattr(job, "affinity_stamp", None)
-        if stamp is None:
-            return
-        for other in list(self.slot_buffers.get(stamp.slot, ())):
-            if other.affinity_stamp.epoch == stamp.epoch and not other._accepted:
-                self.slot_buffers[stamp.slot].remove(other)
-                other.discard()
-                other._set(0, (True, (0, REFUSED, 0.0)))  # what its gate would have answered
+        if stamp is not None:
+            self._refuse(stamp.slot, lambda other: other.affinity_stamp.epoch == stamp.epoch)
+
+    def _refuse(self, slot: int, which: Callable[[Any], bool]) -> None:
+        """Answer to waiting jobs what their gate would."""
+        for job in list(self.slot_buffers.get(slot, ())):
+            if which(job) and not job._accepted:
+                self.slot_buffers[slot].remove(job)
+                job.discard()
+                job._set(0, (True, (0, REFUSED, 0.0)))
 
     def flush(self) -> None:
         """The broker connection is gone: forget what no process has taken."""
@@ -388,6 +400,11 @@ class SlotTaskPool(PreforkPool):  # type: ignore[misc]
 
     _put_off = False
 
+    @property
+    def num_processes(self) -> int:
+        """The number of slots."""
+        return int(self._pool.target)
+
     def on_stop(self) -> None:
         """Join the pool; a signal handler that struck one of its steps puts that off."""
         if self._pool is not None and self._pool.in_step:
@@ -417,6 +434,8 @@ def slots_are_processes(pool_cls: Any, wanted: bool, use_eventloop: bool) -> boo
         "on_job_process_lost",
         "on_process_alive",
         "flush",
+        "maintain_pool",
+        "_repopulate_pool",
     )
     missing = [name for name in needed if not hasattr(AsynPool, name)]
     if not hasattr(AsynPool.ResultHandler, "_recv_message"):
@@ -430,6 +449,17 @@ def slots_are_processes(pool_cls: Any, wanted: bool, use_eventloop: bool) -> boo
             extra={"action": "fallback", "missing": missing},
         )
     return not missing
+
+
+def follow_size(pool: Any, most: Callable[[], int] | None, resized: Callable[[], None]) -> None:
+    """Tell when the pool was made to grow or shrink.
+
+    Arguments:
+        most: With autoscale how many slots there may be: the pool then grows for a slot's job.
+    """
+    call_after_resizing(pool, resized)
+    if isinstance(pool, SlotTaskPool):
+        pool._pool.most = most
 
 
 def pool_process_index() -> int | None:

@@ -41,6 +41,10 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
+def _lines(queues: Sequence[tuple[str, int, str]]) -> str:
+    return "\n".join(f"{state}\t{limit}\t{listkey}" for state, limit, listkey in queues)
+
+
 class Scripts:
     """Calls of the ledger's scripts for one namespace.
 
@@ -210,30 +214,58 @@ class Scripts:
         role: str,
         timeout_ms: int,
         busy: Sequence[int] = (),
-    ) -> None:
-        """Announce an incarnation and offer its slots; see register.lua."""
-        lines = "\n".join(f"{state}\t{limit}\t{listkey}" for state, limit, listkey in queues)
+        change: int = 0,
+    ) -> int:
+        """Announce an incarnation and offer its slots; the number of the change in force."""
         answer = self._call(
             "register",
             incarnation,
             name,
             depth,
             slots,
-            lines,
+            _lines(queues),
             "\n".join(junk),
             role,
             timeout_ms,
             "\n".join(str(i) for i in busy),
             SCHEMA_VERSION,
+            change,
         )
         self._check_schema(answer)
+        return int(answer[1])
+
+    def serve(
+        self,
+        incarnation: str,
+        change: int,
+        *,
+        slots: int,
+        queues: Sequence[tuple[str, int, str]],
+        junk: Sequence[str],
+        budget: int = 100,
+    ) -> int | None:
+        """Change the queues and slots of a registered node.
+
+        Returns the entries given back; None if it is not registered, or a later change is in force.
+        """
+        back = 0
+        while True:
+            code, done, more = self._call(
+                "serve", incarnation, change, slots, _lines(queues), "\n".join(junk), budget
+            )
+            if code != 1:
+                return None
+            back += int(done)
+            if not more:
+                return back
 
     def heartbeat(
         self, incarnation: str, beat: str, grace_ms: int, held: Sequence[str]
-    ) -> tuple[bool, int, int]:
-        """Returns (registered, messages sent again, entries taken back)."""
-        answer = self._call("heartbeat", incarnation, beat, grace_ms, *held)
-        return (False, 0, 0) if answer[0] == 0 else (True, int(answer[1]), int(answer[2]))
+    ) -> tuple[bool, int, int, int]:
+        """Returns (registered, messages sent again, entries taken back, last change in force)."""
+        registered, *counts = self._call("heartbeat", incarnation, beat, grace_ms, *held)
+        again, back, change = map(int, counts or (0, 0, 0))
+        return bool(registered), again, back, change
 
     def drain(self, incarnation: str, budget: int = 100) -> int:
         """Take no more, give back what has not started; returns how many entries."""

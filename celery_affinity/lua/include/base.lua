@@ -28,7 +28,8 @@
 --   schema             string  version of this layout
 --   revoked            zset    task id -> how long the note is kept (ms)
 --   workers            zset    incarnation -> when its heartbeat is overdue (ms)
---   w:<inc>:info       hash    name, state, depth, cap, queues, junk, beat
+--   w:<inc>:info       hash    name, state, depth, slots, cap (most slots it ever had), queues, junk,
+--                              change (number of its last change of queues or slots), beat
 --   w:<inc>:idle       set     free slots;  leased: set;  busy: hash, token -> slot of an
 --                              ordinary task ("-": owed);  owed: list of such tokens;
 --                              lacks: set, names of tasks that it turned out not to know
@@ -95,11 +96,11 @@ local WORKERS = {}
 local function worker(inc)
   local w = WORKERS[inc]
   if w == nil then
-    local v = redis.call('HMGET', worker_key(inc, 'info'), 'state', 'depth', 'queues', 'timeout')
+    local v = redis.call('HMGET', worker_key(inc, 'info'), 'state', 'depth', 'queues', 'timeout', 'slots')
     w = false
     if v[1] then
       w = {active = v[1] == 'active', depth = tonumber(v[2]), timeout = tonumber(v[4]),
-        queues = {}, lists = {}, slots = {}}
+        size = tonumber(v[5]), queues = {}, lists = {}, slots = {}}
       for q, slots, list in string.gmatch(v[3], '([^\t\n]+)\t([^\t\n]+)\t([^\n]+)') do
         w.queues[#w.queues + 1] = q
         w.slots[q] = tonumber(slots)
@@ -109,4 +110,9 @@ local function worker(inc)
     WORKERS[inc] = w
   end
   return w
+end
+
+-- Whether the worker lets this slot work for the queue (any more).
+local function serves(w, q, i)
+  return w.slots[q] ~= nil and tonumber(i) < w.slots[q]
 end
