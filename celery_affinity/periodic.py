@@ -18,7 +18,10 @@ that is takes each entry through
 
 The sender renews its term between publishing, in the same thread: one that hangs loses it.
 
-Crash windows (tests/acceptance/test_periodic.py and tests/lua/test_periodic.py):
+A beat that is asked to stop finishes the run that it is publishing (uninterrupted.py).
+
+Crash windows (tests/acceptance/test_periodic.py, tests/integration/test_beats.py and
+tests/lua/test_periodic.py):
 
 - After the claim, before the publish: the run is unsent, the next beat publishes it
   (test_a_beat_that_died_between_claim_and_publish_has_its_entry_published_by_the_next).
@@ -51,6 +54,7 @@ from celery_affinity.leadership import Elector, candidate_name
 from celery_affinity.message import DUE_HEADER, ONCE_HEADER
 from celery_affinity.runs import Deposed, Run, Runs, run_id
 from celery_affinity.scripts import Scripts
+from celery_affinity.uninterrupted import uninterrupted
 
 __all__ = ("AffinityBeat",)
 
@@ -219,11 +223,11 @@ class AffinityBeat:
         name, mark = entry.name, dues.mark(entry.schedule)
         for _ in range(AT_ONCE):
             self._renew()
-            unsent = self._runs.unsent(name)
-            if unsent is not None:
-                if not self._send(entry, unsent):
+            if self._runs.unsent(name) is not None:
+                with uninterrupted():
+                    done, entry = self._send_unsent(entry)
+                if not done:
                     return entry, RETRY_SECONDS
-                entry = self._advanced(entry)
             last = self._runs.last(name)
             if last is None:
                 self._runs.begin(name, Run(dues.micros(entry.last_run_at), mark))
@@ -238,8 +242,21 @@ class AffinityBeat:
             due, left = self._due(entry, last.due)
             if due is None:
                 return entry, left
-            self._runs.claim(name, Run(due, mark))
+            with uninterrupted():
+                self._runs.claim(name, Run(due, mark))
+                done, entry = self._send_unsent(entry)
+            if not done:
+                return entry, RETRY_SECONDS
         return entry, 0.0
+
+    def _send_unsent(self, entry: Any) -> tuple[bool, Any]:
+        """Publish the entry's claimed run; false if that has to be tried again."""
+        due = self._runs.unsent(entry.name)
+        if due is not None:
+            if not self._send(entry, due):
+                return False, entry
+            entry = self._advanced(entry)
+        return True, entry
 
     def _due(self, entry: Any, last: int) -> tuple[int | None, float]:
         """The due time to be sent now, or None and the seconds until it may be asked again."""
