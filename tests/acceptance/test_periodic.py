@@ -149,6 +149,9 @@ def test_a_beat_that_stops_hands_over_at_once(
         wait_until(lambda: dues(history_path)[-1] > stopped, 30, "runs after the stop")  # noqa: B023
         leaving.start()
         leaving.wait_ready()
+    for beat in beats:  # the one that stands by, too
+        beat.term()
+    assert [beat.wait() for beat in beats] == [0, 0]
     assert_each_second_once(dues(history_path))
     assert_each_second_once(dues(history_path, "ordinary"))
 

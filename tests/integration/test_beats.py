@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -371,3 +372,34 @@ def test_a_run_whose_broker_does_not_answer_is_sent_later(
     tick_until(beat, lambda: len(beats.admitted()) >= 2)
     assert due(beats.admitted()[0]) == claimed
     assert steps(beats.admitted()) == {SECOND}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_beat_that_is_asked_to_stop_finishes_the_run_that_it_publishes(
+    beats: Beats, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    beats.schedule(each=ORDINARY)
+    beat = beats.beat()
+    task = beats.app.tasks["plain"]
+    stock = task.apply_async
+
+    def asked_while_it_publishes(*args: Any, **options: Any) -> Any:
+        for _ in range(times):
+            signal.raise_signal(signal.SIGTERM)
+        return stock(*args, **options)
+
+    def stop(*_: object) -> None:  # as Celery's handler does
+        beat.close()
+        raise SystemExit
+
+    monkeypatch.setattr(task, "apply_async", asked_while_it_publishes)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(SystemExit):
+            tick_until(beat, lambda: False)
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    finished = times == 1  # who asks twice does not want to wait
+    assert (len(beats.plain()), "each" in beats.unsent()) == (int(finished), not finished)
+    assert beats.client.get(beats.keys.queue(beats.state, "leader")) is None
