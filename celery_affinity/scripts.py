@@ -200,6 +200,21 @@ class Scripts:
             if cursor == 0:
                 return True
 
+    # What the elected beat does
+
+    def claim_run(self, state: str, fence: str, name: str, known: str, new: str, how: str) -> int:
+        """1 recorded, 0 the record is another one, -1 not elected; see claim_run.lua."""
+        return int(self._call("claim_run", state, fence, name, known, new, how))
+
+    def confirm_run(self, state: str, name: str, due: int) -> bool:
+        """The claimed run was published; see confirm_run.lua."""
+        return bool(self._call("confirm_run", state, name, due))
+
+    def forget_runs(self, state: str, fence: str, records: Sequence[tuple[str, str]]) -> int:
+        """Drop records; returns how many, -1 if not elected."""
+        pairs = [part for record in records for part in record]
+        return int(self._call("forget_runs", state, fence, *pairs))
+
     # What a node does
 
     def register(

@@ -24,6 +24,10 @@
 --                              untold: list, entries whose callers do not know yet
 --   q:<queue>:leader   string  "<candidate> <term>", expires
 --   q:<queue>:wake     list    doorbell of the leader;  vacant: list, doorbell of candidates
+--   q:<queue>:once     zset    keys of messages that are admitted once, until when each is kept (ms)
+--   q:"beat:<app>":... leader, vacant, c as above: the election of the beat that sends the app's
+--                              periodic tasks; runs: hash, entry -> "<due> <schedule>" of its last
+--                              run;  unsent: hash, entry -> due, claimed but not yet published
 --   b:<n>:<queue>:<tag> list   backlog: entries in order, n = length of the queue's name
 --   schema             string  version of this layout
 --   revoked            zset    task id -> how long the note is kept (ms)
