@@ -6,6 +6,7 @@ from celery_affinity.events import tag_acquired, tag_released
 from celery_affinity.exceptions import (
     AffinityError,
     ConfigurationError,
+    OwnTagWaitError,
     SchemaVersionError,
     TagError,
     UndeclaredQueueError,
@@ -49,6 +50,7 @@ __all__ = (
     # errors
     "AffinityError",
     "ConfigurationError",
+    "OwnTagWaitError",
     "SchemaVersionError",
     "TagError",
     "UndeclaredQueueError",

@@ -11,11 +11,13 @@ from celery import Celery, signals
 
 from celery_affinity import internals
 from celery_affinity.bootstep import ConsumerStep, WorkerStep
+from celery_affinity.burying import BuriedResults
+from celery_affinity.checks import refuse_settings, warnings_of
 from celery_affinity.connection import connect, same_server
 from celery_affinity.delivery import Delivery, SameRedisDelivery
 from celery_affinity.detour import refuse_pending_queues, to_pending_queue
 from celery_affinity.evacuation import evacuate, resume
-from celery_affinity.exceptions import ConfigurationError, TagError, UndeclaredQueueError
+from celery_affinity.exceptions import ConfigurationError, UndeclaredQueueError
 from celery_affinity.foreign import ForeignConsumers
 from celery_affinity.intake import no_tag
 from celery_affinity.keys import Keys
@@ -65,6 +67,7 @@ class Affinity:
         self._service: SchedulerService | None = None
         self._foreign: ForeignConsumers | None = None
         self._startup_error: Exception | None = None
+        self._warnings: list[str] = []
         app.celery_affinity = self  # type: ignore[attr-defined]
         note_revokes(app, self._note_revoked)
         app.steps["worker"].add(WorkerStep)
@@ -216,7 +219,7 @@ class Affinity:
                 self.delivery,
                 node,
                 self._tag_of_message,
-                self._fail_buried,
+                BuriedResults(self.app).fail,
             )
             self._service.start()
             service = self._service
@@ -242,20 +245,6 @@ class Affinity:
             return no_tag(message)
         args, kwargs, _ = decoded_body(message, self.app.conf.accept_content)
         return derive_tag(task, args, kwargs)
-
-    def _fail_buried(self, message: Mapping[str, Any], reason: str) -> None:
-        """Whoever waits for the result of a buried message learns that there will be none."""
-        headers = message.get("headers")
-        task_id = headers.get("id") if isinstance(headers, dict) else None
-        if (
-            isinstance(headers, dict)
-            and isinstance(task_id, str)
-            and not headers.get("ignore_result")
-        ):
-            try:
-                self.app.backend.mark_as_failure(task_id, TagError(reason))
-            except Exception:
-                logger.exception("Could not store the failure of buried task %s.", task_id)
 
     def banner(self) -> str:
         """Settings that are not defaults, each with its origin, a line each."""
@@ -299,6 +288,8 @@ class Affinity:
                 extra={"action": "serve_none"},
             )
             return None
+        refuse_settings(worker)
+        self._warnings = warnings_of(worker)
         affinity = {name for queue in serves for name in (queue.name, queue.pending)}
         ordinary = bool(set(known) - affinity)
         return Node(worker, self.settings, self.redis_url, self.delivery, serves, ordinary)
@@ -336,6 +327,8 @@ class Affinity:
         """The worker's pool is up."""
         if self.node is not None:
             logger.info("celery_affinity\n%s", self.banner(), extra={"action": "banner"})
+        for warning in self._warnings:
+            logger.warning(warning, extra={"action": "ineffective_setting"})
         if self.node is not None and self.settings.role == "both":
             self.start_scheduling(self.node.name)
 

@@ -62,6 +62,8 @@ class Run:
         self.token = token
         #: Messages of its own retries with their due time in ms: settled with it, not published.
         self.retry_messages: list[tuple[str, int | None]] = []
+        #: Tasks that it sent and that can start only when it has ended; see waiting.py.
+        self.own_tag_ids: set[str] = set()
 
 
 _run: ContextVar[Run | None] = ContextVar("celery_affinity_run", default=None)

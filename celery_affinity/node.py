@@ -21,6 +21,7 @@ from celery_affinity.request import bury_unknown_tasks, strategy_for
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.topology import worker_queue, worker_queue_name
+from celery_affinity.waiting import refuse_waits_for_own_tag
 
 __all__ = ("Node",)
 
@@ -68,12 +69,16 @@ class Node:
             [worker_queue(name) for name in self.worker_queues.values()],
         )
         pending = {queue.state: queue.pending for queue in serves}
-        internals.settle_own_retries(self.app, pending.get)
+        internals.settle_own_retries(self.app, pending.get, self._runs_alone)
         self.reporter = Reporter(
             self._scripts, self.incarnation, self._announcement, settings.heartbeat_interval
         )
         self._started = False
         self._gate: tuple[int, Gate] | None = None
+
+    def _runs_alone(self, state: str, tag: str) -> bool:
+        queue = next(queue for queue in self.serves if queue.state == state)
+        return queue.own_concurrencies.get(tag, queue.default_concurrency) == 1
 
     def _scripts(self, single_threaded: bool = False) -> Scripts:
         keys = Keys(self._settings.namespace)
@@ -116,6 +121,7 @@ class Node:
             self._gate = os.getpid(), self._make_gate(slot)
         gate = self._gate[1]
         internals.wrap_tracers(self.app.tasks.values(), gate)
+        refuse_waits_for_own_tag()
         gate.process_up()
 
     def close_gates(self) -> None:
