@@ -224,11 +224,18 @@ class Affinity:
             self._service.start()
             service = self._service
             self._foreign = ForeignConsumers(
-                lambda seconds: self.app.control.inspect(timeout=seconds).active_queues(),
+                self._active_queues,
                 self._pending_names,
                 lambda: service.leading,
             )
             self._foreign.start()
+
+    def _active_queues(self, seconds: float) -> Any:
+        # Over a connection of its own. One of the app's pool is left in the middle of a BRPOP, and
+        # kombu closes the pool's connections in each new process, where it would wait for the
+        # reply: no pool process could be replaced any more.
+        with self.app.connection_for_read() as connection:
+            return self.app.control.inspect(timeout=seconds, connection=connection).active_queues()
 
     def stop_scheduling(self) -> None:
         """Resign, so that another node takes over at once."""

@@ -36,10 +36,9 @@ def refuse_settings(worker: Any) -> None:
     conf = worker.app.conf
     if worker.options.get("autoscale"):
         raise ConfigurationError(
-            f"--autoscale {worker.options['autoscale']} on a worker of an affinity queue: a process "
-            "that it stops may be the slot that a tag's tasks wait for. Start it with -c N, and "
-            "start or stop workers instead; an ordinary queue can have an autoscaled worker of its "
-            "own"
+            "--autoscale on a worker of an affinity queue: a process that it stops may be the slot "
+            "that a tag's tasks wait for. Start it with -c N, and start or stop workers instead; an "
+            "ordinary queue can have an autoscaled worker of its own"
         )
     if conf.get("worker_disable_prefetch"):
         raise ConfigurationError(
@@ -68,16 +67,16 @@ def _ignored_limits(worker: Any, tasks: Iterable[Any]) -> Iterator[str]:
             limited = "all tasks"
         if limited:
             yield (
-                f"{name} of {limited} has no effect on the {pool} pool: a task that hangs keeps its "
-                "tag. Use prefork, or timeouts inside the task."
+                f"{name} of {limited} has no effect on the {pool} pool: a task that hangs keeps "
+                "its tag. Use prefork, or timeouts inside the task."
             )
 
 
 def _ignored_acks(tasks: Iterable[Any]) -> Iterator[str]:
     if names := _names(tasks, lambda task: getattr(task, "retry_on_worker_lost", None)):
         yield (
-            f"retry_on_worker_lost of {names} has no effect on an affinity queue: the ledger runs a "
-            "task again whose process was lost, max_deliveries times."
+            f"retry_on_worker_lost of {names} has no effect on an affinity queue: the ledger runs "
+            "a task again whose process was lost, max_deliveries times."
         )
     for name in ("acks_on_failure", "acks_on_timeout", "acks_on_failure_or_timeout"):
         given_back = _names(

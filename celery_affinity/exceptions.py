@@ -79,8 +79,8 @@ class OwnTagWaitError(AffinityError, RuntimeError):
         """What was found and what to do."""
         task_id, tag, queue = self.args
         return (
-            f"this task waits for task {task_id}, which it has sent with its own tag {tag!r} to its "
-            f"own queue {queue!r}: that one cannot start before this one has ended, so both would "
-            "wait for ever. Let it follow instead (link, a chain, a chord, self.replace), call its "
+            f"this task waits for task {task_id}, which it has sent with its own tag {tag!r} to "
+            f"its own queue {queue!r}: that one cannot start before this one has ended, so both "
+            "would wait for ever. Let it follow instead (link, a chain, a chord, self.replace), call its "
             "function directly, or give it another tag."
         )

@@ -189,7 +189,7 @@ class Gate:
                 outcome = "again"
             elif not isinstance(error, Exception):
                 outcome = ""
-                self._process_stops(stamp)
+                self._process_stops(stamp, told=_is_of_greenlets(error))
             raise
         finally:
             _run.reset(running)
@@ -208,16 +208,17 @@ class Gate:
             if answer != 1 or _seconds() - asked < self._trust_seconds:
                 return answer
 
-    def _process_stops(self, stamp: Stamp) -> None:
-        """The task did not end, it was stopped: its parent reports what becomes of it. Without
-        processes there is nobody else to do so.
+    def _process_stops(self, stamp: Stamp, told: bool) -> None:
+        """The task did not end, it was stopped: its request reports what becomes of it. Without
+        processes it learns of a timeout only (told), and there is nobody else to do so.
         """
-        if self._in_process:
+        if self._in_process and not told:
             self._patiently(
                 lambda: self._scripts.lost(
                     stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.state
                 )
             )
+        if self._in_process:
             self._release(stamp.slot, "lost")
 
     def _settle(self, run: Run, queue: str, tag: str, outcome: str) -> None:
@@ -293,6 +294,12 @@ class Gate:
 def _seconds() -> float:
     """A clock that also runs while the machine is suspended, where there is one."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def _is_of_greenlets(error: BaseException) -> bool:
+    """Whether it is a timeout of greenlets: a hard time limit, or one that the task let out."""
+    modules = ("gevent.timeout", "eventlet.timeout")
+    return any(kind.__module__ in modules for kind in type(error).__mro__)
 
 
 def _asks_for_requeue(result: Any) -> bool:

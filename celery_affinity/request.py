@@ -51,6 +51,8 @@ class DispatchedRequest:
     """Mixed over the class that Celery makes of the task's Request, for dispatched messages."""
 
     affinity_ends: LedgerEnds
+    #: Whether tasks run in this process: one over its limit has ended when that is reported.
+    affinity_in_process: bool
     id: str
     name: str
     task: Any
@@ -71,7 +73,7 @@ class DispatchedRequest:
         self._eta = None  # it was due when it was dispatched
         if stamp.attempt > 1:
             # Its process was lost: `worker_deduplicate_successful_tasks` then looks for a result.
-            self._request_dict["delivery_info"]["redelivered"] = True
+            self.request_dict["delivery_info"]["redelivered"] = True
         held = self.affinity_ends.held
         self.announced = held.was_refused(stamp)
         held.arrived(stamp, self)
@@ -162,6 +164,8 @@ class DispatchedRequest:
         """A time limit is over; past the hard one the process is killed."""
         if not soft:
             self.affinity_ends.finish(self.affinity_stamp)
+            if self.affinity_in_process:
+                self.affinity_ends.process_lost(self.affinity_stamp)
         super().on_timeout(soft, timeout)  # type: ignore[misc]
         if not soft:
             self._ended()
@@ -233,7 +237,9 @@ def strategy_for(
         app=app,
     )
     request_class = type(
-        "DispatchedRequest", (DispatchedRequest, stock_class), {"affinity_ends": ends}
+        "DispatchedRequest",
+        (DispatchedRequest, stock_class),
+        {"affinity_ends": ends, "affinity_in_process": not consumer.pool.uses_semaphore},
     )
     bucket_of = consumer.task_buckets.__getitem__
 

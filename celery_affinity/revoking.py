@@ -51,8 +51,8 @@ def note_revokes(app: Any, note: Callable[[list[str]], None]) -> None:
             answer = super().broadcast(command, arguments, *args, **options)
             if failed is not None:
                 raise OperationalError(
-                    f"workers were told of the revoke, but the ledger could not note it ({failed}): "
-                    "revoke again, or a worker that starts later may run the task"
+                    f"workers were told of the revoke, but the ledger could not note it ({failed})"
+                    ": revoke again, or a worker that starts later may run the task"
                 ) from failed
             return answer
 

@@ -62,7 +62,7 @@ def _waited_for(result: Any) -> Iterator[Any]:
     while found:
         one = found.pop()
         if isinstance(one, ResultSet):
-            found += one.results
+            found += one.results or ()
         elif isinstance(one, AsyncResult) and not isinstance(one, EagerResult):
             yield one
         if getattr(one, "parent", None) is not None:

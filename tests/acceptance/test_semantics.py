@@ -21,7 +21,7 @@ from celery.result import AsyncResult
 
 from acceptance.apps.affinity_app import make_app
 from acceptance.apps.semantics import Order, Tenant, notes
-from acceptance.support import LEAN, QUICK, wait_for_nodes
+from acceptance.support import LEAN, QUICK
 from celery_affinity import Affinity, AffinityQueue, TagError
 from celery_affinity.embedded import Server
 from harness import BROKER_VARIABLE, RESULTS_VARIABLE, Cluster, Node, wait_until
@@ -30,6 +30,7 @@ from history import HISTORY_VARIABLE, History, Run
 pytestmark = pytest.mark.acceptance
 
 APP = "acceptance.apps.semantics"
+MAX_DELIVERIES = 2
 _numbers = count()
 
 
@@ -75,9 +76,13 @@ def worker(shared_server: Server, environment: Path) -> Iterator[Node]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(BROKER_VARIABLE, shared_server.url())
         nodes = Cluster(shared_server.url(), environment.parent, environment)
-        node = nodes.worker(APP, queues="jobs,ordinary", concurrency=2, environ=QUICK, extra=LEAN)
+        environ = {**QUICK, "AFFINITY_TEST_QUEUE": f'{{"max_deliveries": {MAX_DELIVERIES}}}'}
+        node = nodes.worker(APP, queues="jobs,ordinary", concurrency=2, environ=environ, extra=LEAN)
         try:
             yield node.wait_ready()
+            # A new pool process must not wait for anything of its parent's (kombu closes in it the
+            # connections of the app's pool: one in the middle of a read would hold it up for good).
+            assert "Timed out waiting for UP message" not in node.log_text()
         finally:
             nodes.destroy()
 
@@ -155,13 +160,15 @@ def test_an_eager_call_has_its_id_and_result_and_no_lease(twins: Twins) -> None:
     assert result.get()["lease"] == ("eager" if twins.kind == "tagged" else None)
 
 
-def test_an_id_that_a_producer_sends_twice_runs_twice_and_the_last_result_stands(
+def test_an_id_that_a_producer_sends_twice_runs_twice_and_the_first_success_stands(
     twins: Twins,
 ) -> None:
     tag = twins.tag()
     for number in (1, 2):
         result = twins.nap.apply_async((0.3 * number,), {"tag": tag}, task_id=f"twice-{tag}")
-    wait_until(lambda: stored(result) == 0.6, what="the second one's result")
+    wait_until(lambda: sum(run.end is not None for run in twins.runs(tag)) == 2, what="two ends")
+    # A success is never overwritten, says Celery.
+    assert result.get(timeout=20) == stored(result) == 0.3
     first, second = twins.runs(tag)
     assert first.task_id == second.task_id
     if twins.kind == "tagged":
@@ -322,14 +329,15 @@ def test_a_later_urgent_task_does_not_overtake_its_own_tag(tagged: Twins) -> Non
 
 @pytest.mark.parametrize(
     "how, gives",
-    [("countdown", "countdown 1"), ("eta", "eta 1"), ("throw=False", "throw=False 1"), ("arguments", "other 1")],
+    [("countdown", "countdown 1"), ("eta", "eta 1"), ("throw=False", "first"), ("arguments", "other 1")],
 )
-def test_a_retry_keeps_the_id_and_ends_with_the_last_result(
+def test_a_retry_keeps_the_id_and_ends_with_its_result(
     twins: Twins, how: str, gives: str
 ) -> None:
     tag = twins.tag()
     result = twins.again.delay(how, tag=tag)
-    wait_until(lambda: stored(result) == gives, what=gives)
+    twins.wait_for_run(tag, 2)
+    assert result.get(timeout=20) == gives  # of two successes the first one stays
     first, second = twins.runs(tag)
     assert first.task_id == second.task_id == result.id
     assert (first.retries, second.retries) == (0, 1)
@@ -446,8 +454,7 @@ def test_a_second_task_of_an_id_can_be_terminated(tagged: Twins) -> None:
     tagged.wait_for_run(tag, 2)
     time.sleep(0.3)  # the worker's parent reads the first one's end
     result.revoke(terminate=True)
-    wait_until(lambda: result.state == states.REVOKED, what="REVOKED")
-    tagged.goes_on(tag)
+    tagged.goes_on(tag)  # sooner than in 30 s; the state is the first one's SUCCESS
 
 
 # Burials
@@ -463,9 +470,9 @@ def test_a_task_that_kills_its_process_each_time_fails_and_its_errback_runs(
     with pytest.raises(WorkerLostError):
         result.get(timeout=40)
     assert errbacks_of(result.id, 1) == [tag]
-    assert len(tagged.runs(tag)) == 3, "max_deliveries"
+    assert len(tagged.runs(tag)) == MAX_DELIVERIES
     tagged.goes_on(tag)
-    assert len(tagged.runs(tag)) == 4
+    assert len(tagged.runs(tag)) == MAX_DELIVERIES + 1
 
 
 def test_a_task_whose_result_was_stored_before_its_process_died_does_not_run_again(
@@ -481,21 +488,17 @@ def test_a_task_whose_result_was_stored_before_its_process_died_does_not_run_aga
 
 def test_whoever_waits_for_an_unusable_message_learns_of_its_failure(tagged: Twins) -> None:
     errback = tagged.app.signature("semantics.errback", ("no tag",))
-    unusable = tagged.app.signature("tagged.total", ([1],), {"tag": None}, queue="jobs")
     result = tagged.app.send_task(
         "tagged.total", ([1],), {"tag": None}, queue="jobs", link_error=[errback]
     )
     with pytest.raises(TagError, match="NoneType"):
         result.get(timeout=20)
     assert errbacks_of(result.id, 1) == ["no tag"]
-    # The steps after it, and a chord that it is part of, fail with it.
-    body = tagged.total.s(tag=tagged.tag())
-    # The producer knows no such task, so its call is not refused there.
-    elsewhere = Celery("elsewhere", broker=tagged.app.conf.broker_url, set_as_current=False)
-    elsewhere.conf.result_backend = tagged.app.conf.result_backend
-    part = chord([elsewhere.signature(unusable), elsewhere.signature(unusable)], body, app=elsewhere)()
-    with pytest.raises(Exception, match="NoneType"):
-        part.get(timeout=20)
+    # A chord that it is part of fails with it.
+    part = tagged.app.signature("nobody.knows", queue="jobs")
+    body = chord([part, tagged.add.s(1, tag=tagged.tag())], tagged.total.s(tag=tagged.tag()))()
+    with pytest.raises(Exception, match="came without the header"):
+        body.get(timeout=20)
 
 
 # Waiting for one's own tag
@@ -548,7 +551,7 @@ def test_a_hard_limit_ends_a_greenlets_task_and_its_tag_goes_on(
                 result.get(timeout=20)
             twins.goes_on(tag)
             assert len(twins.runs(tag)) == 2, f"{end}: the one that was ended does not run again"
-            assert twins.affinity.stats("jobs").entries == 0
+            wait_until(lambda: twins.affinity.stats("jobs").entries == 0, what="the last settle")
     finally:
         nodes.destroy()
 
@@ -598,7 +601,7 @@ def test_a_revoke_fails_as_celerys_does_while_redis_is_away() -> None:
     errors = []
     for app in (plain, affine):
         app.conf.broker_transport_options = {"max_retries": 1}
-        with pytest.raises(Exception) as raised:  # noqa: PT011
+        with pytest.raises(Exception) as raised:
             app.control.revoke("some-id")
         errors.append(raised.value)
     assert type(errors[0]) is type(errors[1]) and str(errors[0]) == str(errors[1])

@@ -80,6 +80,20 @@ WORKER = ("worker", "-Q", "jobs", "-c", "1", "-P", "solo")
             """,
             "knows the affinity task 'refused.task', but its app has no Affinity",
         ),
+        (
+            """
+            affinity = Affinity(app, queues=[AffinityQueue('jobs')])
+            app.conf.worker_disable_prefetch = True
+            """,
+            "Leave it out: the ledger sends a slot at most one message beyond",
+        ),
+        (
+            """
+            affinity = Affinity(app, queues=[AffinityQueue('jobs')])
+            app.conf.task_protocol = 1
+            """,
+            "task_protocol is 1, expected 2",
+        ),
     ],
 )
 def test_a_worker_with_settings_that_cannot_work_does_not_start(
@@ -89,6 +103,22 @@ def test_a_worker_with_settings_that_cannot_work_does_not_start(
     assert done.returncode != 0
     assert "\nError: " in done.stderr and "Traceback" not in done.stderr
     assert says in done.stderr
+
+
+def test_autoscaling_is_refused_on_an_affinity_queue_only(
+    shared_server: Server, tmp_path: Path
+) -> None:
+    body = "affinity = Affinity(app, queues=[AffinityQueue('jobs')])"
+    command = ("worker", "-P", "prefork", "--autoscale", "4,1")
+    done = start(tmp_path, shared_server.url(), body, *command, "-Q", "jobs,ordinary")
+    assert done.returncode != 0
+    assert "Error: --autoscale on a worker of an affinity queue" in done.stderr
+    # An ordinary worker of the same app has it: here it is stopped by another error.
+    body += "\napp.conf.worker_pool_putlocks = True\nimport celery.worker.autoscale as a"
+    body += "\ndef stop(*_, **__): raise SystemExit('autoscales')"
+    body += "\na.Autoscaler.__init__ = stop"
+    done = start(tmp_path, shared_server.url(), body, *command, "-Q", "ordinary")
+    assert "autoscales" in done.stderr + done.stdout
 
 
 def test_a_beat_with_settings_that_cannot_work_does_not_start(
