@@ -37,8 +37,8 @@ def refuse_settings(worker: Any) -> None:
     if worker.options.get("autoscale"):
         raise ConfigurationError(
             "--autoscale on a worker of an affinity queue: a process that it stops may be the slot "
-            "that a tag's tasks wait for. Start it with -c N, and start or stop workers instead; an "
-            "ordinary queue can have an autoscaled worker of its own"
+            "that a tag's tasks wait for. Start it with -c N, and start or stop workers instead; "
+            "an ordinary queue can have an autoscaled worker of its own"
         )
     if conf.get("worker_disable_prefetch"):
         raise ConfigurationError(

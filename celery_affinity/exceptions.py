@@ -81,6 +81,6 @@ class OwnTagWaitError(AffinityError, RuntimeError):
         return (
             f"this task waits for task {task_id}, which it has sent with its own tag {tag!r} to "
             f"its own queue {queue!r}: that one cannot start before this one has ended, so both "
-            "would wait for ever. Let it follow instead (link, a chain, a chord, self.replace), call its "
-            "function directly, or give it another tag."
+            "would wait for ever. Let it follow instead (link, a chain, a chord, self.replace), "
+            "call its function directly, or give it another tag."
         )

@@ -17,10 +17,10 @@ def warned(pool: str = "prefork", worker: dict[str, Any] | None = None, **option
     app = Celery("checked", broker="memory://", set_as_current=False)
     affinity = Affinity(app, queues=[AffinityQueue("jobs")])
 
-    @affinity.task(tag_from="tag", name="limited", **options)
+    @affinity.task(tag_from="tag", name="limited", shared=False, **options)
     def task(tag: str) -> None: ...
 
-    @app.task(name=f"ordinary-{id(app)}", acks_late=True, acks_on_timeout=False, time_limit=1)
+    @app.task(name="ordinary", shared=False, acks_late=True, acks_on_timeout=False, time_limit=1)
     def ordinary() -> None: ...
 
     app.finalize()

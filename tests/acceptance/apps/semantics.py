@@ -203,15 +203,8 @@ def headers(self: Task, *, tag: str) -> dict[str, Any]:
         }
 
 
-@twins()
-def dying(self: Task, *, tag: str) -> None:
-    """Take its process along."""
-    record("start", tag=tag, seq=0, task_id=self.request.id)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 @twins(acks_late=True, reject_on_worker_lost=True, max_retries=5, retry_on_worker_lost=True)
-def dying_late(self: Task, *, tag: str) -> None:
+def dying(self: Task, *, tag: str) -> None:
     """Take its process along, with all that Celery has for it."""
     record("start", tag=tag, seq=0, task_id=self.request.id)
     os.kill(os.getpid(), signal.SIGKILL)
