@@ -13,6 +13,7 @@ from celery_affinity import internals
 from celery_affinity.appconf import affinity_conf
 from celery_affinity.banner import banner
 from celery_affinity.bootstep import ConsumerStep, WorkerStep
+from celery_affinity.checks import refuse_settings, warnings_of
 from celery_affinity.connection import connect, same_server
 from celery_affinity.delivery import Delivery, SameRedisDelivery
 from celery_affinity.detour import to_pending_queue
@@ -72,6 +73,7 @@ class Affinity:
         self._node_name = ""
         self._startup_error: Exception | None = None
         self._command_line: dict[str, str] = {}
+        self._warnings: list[str] = []
         app.celery_affinity = self  # type: ignore[attr-defined]
         note_revokes(app, self._note_revoked)
         add_role_option(app, self._take_role)
@@ -306,6 +308,8 @@ class Affinity:
                 extra={"action": "serve_none"},
             )
             return None
+        refuse_settings(worker)
+        self._warnings = warnings_of(worker)
         return Node(worker, self.settings, self.redis_url, self.delivery, serves)
 
     @property
@@ -344,6 +348,8 @@ class Affinity:
             logger.info("celery_affinity\n%s", self.banner(), extra={"action": "banner"})
             if role != "worker":
                 self.start_scheduling(self._node_name)
+        for warning in self._warnings:
+            logger.warning(warning, extra={"action": "ineffective_setting"})
 
     def consumer_started(self, consumer: Any) -> None:
         """The worker (re)connected; its strategies were built anew."""

@@ -4,7 +4,7 @@ Each touch, the probe that meets a Celery that differs, and what happens then:
 
 - `task.__trace__` is replaced by the gated tracer: `wrap_tracers`; the worker does not start.
 - `amqp.send_task_message` is wrapped to catch own retries: `settle_own_retries`; a warning, and
-  retries are published to the pending queue.
+  retries are published to the pending queue, and a wait for a task of the own tag is not refused.
 - `amqp.queues._consume_from` says what a worker consumes: `selected_queues`; no start.
 - `AsynPool._create_write_handlers`, `outbound_buffer`, `on_job_ready`, `_busy_workers`,
   `_recv_message` and their like: `slots_are_processes`; a warning, and the stock pool.
@@ -30,9 +30,10 @@ from celery.concurrency.asynpool import AsynPool
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.worker import state as worker_state
 
+from celery_affinity.context import current
 from celery_affinity.exceptions import ConfigurationError
 from celery_affinity.gate import REFUSED, Gate, Run, current_run
-from celery_affinity.message import STAMP_HEADER, Stamp, due_ms, envelope
+from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp, due_ms, envelope
 from celery_affinity.resizing import ResizablePool, call_after_resizing
 
 __all__ = (
@@ -126,11 +127,16 @@ class _RetryCatcher:
         return getattr(self._producer, name)
 
 
-def settle_own_retries(app: Any, pending_of: Callable[[str], str | None]) -> None:
+def settle_own_retries(
+    app: Any, pending_of: Callable[[str], str | None], exclusive: Callable[[str, str], bool]
+) -> None:
     """Make a retry inside a dispatched task part of its settle instead of a publish.
+
+    Notes too which tasks it sends that cannot start before it has ended.
 
     Arguments:
         pending_of: The pending queue of the affinity queue with that state name.
+        exclusive: Whether tasks of a tag (state name, tag) run one at a time.
     """
     amqp = app.amqp
     publish = getattr(amqp, "send_task_message", None)
@@ -148,24 +154,37 @@ def settle_own_retries(app: Any, pending_of: Callable[[str], str | None]) -> Non
         producer: Any, name: str, message: Any, *args: Any, **options: Any
     ) -> Any:
         run = current_run()
-        if run is not None and _is_own_retry(run, message, options, pending_of):
-            pending = pending_of(run.stamp.state) or ""
-            producer = _RetryCatcher(producer, run, pending, app.conf.task_serializer)
+        if run is not None and _is_for_own_queue(run, options, pending_of):
+            if _is_own_retry(run, message):
+                pending = pending_of(run.stamp.state) or ""
+                producer = _RetryCatcher(producer, run, pending, app.conf.task_serializer)
+            elif _has_own_tag(message, options, lambda tag: exclusive(run.stamp.state, tag)):
+                run.own_tag_ids.add(message.headers["id"])
         return publish(producer, name, message, *args, **options)
 
     send_task_message.celery_affinity = True  # type: ignore[attr-defined]
     amqp.send_task_message = send_task_message
 
 
-def _is_own_retry(
-    run: Run, message: Any, options: dict[str, Any], pending_of: Callable[[str], str | None]
+def _is_for_own_queue(
+    run: Run, options: dict[str, Any], pending_of: Callable[[str], str | None]
 ) -> bool:
-    headers = message.headers
-    if headers.get("id") != run.task_id or headers.get("retries") != run.retries + 1:
-        return False
     queue = options.get("queue")
     target = getattr(queue, "name", queue) or options.get("routing_key")
     return bool(target == pending_of(run.stamp.state))
+
+
+def _is_own_retry(run: Run, message: Any) -> bool:
+    headers = message.headers
+    return bool(headers.get("id") == run.task_id and headers.get("retries") == run.retries + 1)
+
+
+def _has_own_tag(message: Any, options: dict[str, Any], exclusive: Callable[[str], bool]) -> bool:
+    places = (options.get("headers") or {}, message.headers, options)
+    tag = next((place[TAG_HEADER] for place in places if place.get(TAG_HEADER) is not None), None)
+    lease = current()
+    # As the intake reads it: 1 and "1" are one tag.
+    return lease is not None and str(tag) == lease.tag and exclusive(lease.tag)
 
 
 # Queues

@@ -24,6 +24,7 @@ from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.topology import worker_queue, worker_queue_name
 from celery_affinity.vacancy import Vacancy
+from celery_affinity.waiting import refuse_waits_for_own_tag
 from celery_affinity.watchdog import Lifeline, Watchdog
 
 __all__ = ("Node",)
@@ -69,7 +70,7 @@ class Node:
             [worker_queue(name) for name in self.worker_queues.values()],
         )
         pending = {queue.state: queue.pending for queue in settings.queues}
-        internals.settle_own_retries(self.app, pending.get)
+        internals.settle_own_retries(self.app, pending.get, self._runs_alone)
         self._lifeline = Lifeline()
         self._namesake = Namesake(self.name, self.incarnation)
         looks = [self._namesake.look]
@@ -90,6 +91,10 @@ class Node:
 
     def _worker_queue_name(self, queue: AffinityQueue) -> str:
         return worker_queue_name(queue, self.name, self.incarnation)
+
+    def _runs_alone(self, state: str, tag: str) -> bool:
+        queue = next(queue for queue in self._settings.queues if queue.state == state)
+        return queue.own_concurrencies.get(tag, queue.default_concurrency) == 1
 
     def _scripts(self, single_threaded: bool = False) -> Scripts:
         keys = Keys(self._settings.namespace)
@@ -142,6 +147,7 @@ class Node:
                 self._watch(self._gate[1])
         gate = self._gate[1]
         internals.wrap_tracers(self.app.tasks.values(), gate)
+        refuse_waits_for_own_tag()
         gate.process_up()
 
     def close_gates(self) -> None:
