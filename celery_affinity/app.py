@@ -9,7 +9,7 @@ from typing import Any
 
 from celery import Celery, signals
 
-from celery_affinity import internals
+from celery_affinity import internals, slot_pool
 from celery_affinity.appconf import affinity_conf
 from celery_affinity.banner import banner
 from celery_affinity.bootstep import ConsumerStep, WorkerStep
@@ -392,6 +392,6 @@ class Affinity:
             self.node.close_gates()
 
     def _on_process_init(self, **_: Any) -> None:
-        index = internals.pool_process_index()
+        index = slot_pool.pool_process_index()
         if self.node is not None and index is not None:
             self.node.open_gates(index)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
-from celery_affinity import internals
+from celery_affinity import internals, slot_pool
 from celery_affinity.connection import check_server, connect
 from celery_affinity.delivery import Delivery
 from celery_affinity.gate import Gate
@@ -59,11 +59,11 @@ class Node:
         self._worker = worker
         #: Affinity queue -> this node's worker queue, also of those that it served once.
         self.worker_queues = {queue.name: self._worker_queue_name(queue) for queue in serves}
-        self.slots_are_processes = internals.slots_are_processes(
+        self.slots_are_processes = slot_pool.slots_are_processes(
             worker.pool_cls, settings.slot_is_process, bool(worker.use_eventloop)
         )
         if self.slots_are_processes:
-            worker.pool_cls = internals.SlotTaskPool
+            worker.pool_cls = slot_pool.SlotTaskPool
         internals.consume_worker_queues(
             self.app,
             [name for queue in settings.queues for name in {queue.name, queue.pending}],
@@ -191,7 +191,7 @@ class Node:
                 task, self.app, consumer, consumer.strategies[name], self.reporter, to_pool
             )
         most = (lambda: self.slots) if getattr(self._worker, "autoscaler", None) else None
-        internals.follow_size(consumer.pool, most, self.reporter.changed)
+        slot_pool.follow_size(consumer.pool, most, self.reporter.changed)
         requeue_unknown_tasks(consumer, self.reporter)
         if not self._started:
             scripts = self._scripts()

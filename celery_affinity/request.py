@@ -99,6 +99,10 @@ class DispatchedRequest:
                 expires=self.expires and self.expires.isoformat(),
             )
 
+    def taken(self) -> None:
+        """It is in the pipe of a process, which has not said yet that it runs it."""
+        self.affinity_ends.held.accepted(self.affinity_stamp)
+
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """The pool has taken it."""
         self.affinity_ends.held.accepted(self.affinity_stamp)

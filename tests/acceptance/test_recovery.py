@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from acceptance.support import (
     APP,
@@ -28,6 +30,7 @@ from acceptance.support import (
     wait_for_nodes,
     wait_for_run,
 )
+from celery_affinity.embedded import Server
 from celery_affinity.types import WorkerRecord
 from harness import RESULTS_VARIABLE, Cluster, Node, wait_for_ends, wait_until
 from history import History, Run
@@ -158,6 +161,57 @@ def test_a_warm_stop_gives_back_what_it_had_not_started(
     assert "went back to the head of their tags" in log
     assert log.count("Left the ledger; 0 tasks given back.") == 1, "all was given back before"
     assert not producer.affinity.workers()[1:]
+
+
+@pytest.fixture
+def redis(server: Server) -> Redis:
+    return server.client()
+
+
+@pytest.fixture
+def in_the_pipe(cluster: Cluster, producer: Producer, history_path: Path) -> Iterator[Node]:
+    """A worker with a job in the pipe of its pool process, which is stopped and has not read it."""
+    worker = cluster.worker(APP, queues="jobs", environ=QUICK, extra=(*LEAN, "-l", "DEBUG"))
+    wait_for_nodes(producer.affinity, 1)
+    producer.send("first")  # the process is up
+    wait_for_ends(history_path, 1)
+    wait_until(lambda: producer.affinity.stats("jobs").settled == 1, what="its settle")
+    inspect = producer.app.control.inspect([worker.name])
+    wait_until(lambda: inspect.active() == {worker.name: []}, what="its end in the parent")
+    (child,) = worker.children()
+    os.kill(child, signal.SIGSTOP)
+    (sent,) = producer.send("tag", task="long", ms=3000)
+    worker.wait_for_log(f"{sent.id}] received")
+    yield worker
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGCONT)
+
+
+def test_a_stop_that_strikes_a_job_in_the_pipe_does_not_hang(
+    in_the_pipe: Node, producer: Producer
+) -> None:
+    (child,) = in_the_pipe.children()
+    in_the_pipe.term()
+    in_the_pipe.wait_for_log("Stopping Pool")  # it has given up its consumer by then
+    os.kill(child, signal.SIGCONT)
+    assert in_the_pipe.wait() == 0
+    stats = producer.affinity.stats("jobs")
+    assert (stats.entries, stats.settled) == (1, 1)
+
+
+def test_a_job_that_was_in_the_pipe_when_the_connection_was_lost_runs_once(
+    in_the_pipe: Node, cluster: Cluster, history_path: Path, producer: Producer, redis: Redis
+) -> None:
+    cluster.worker(APP, "w2", queues="jobs", environ=QUICK, extra=LEAN)
+    wait_for_nodes(producer.affinity, 2)
+    (child,) = in_the_pipe.children()
+    redis.client_kill_filter(_type="normal", skipme=True)
+    in_the_pipe.wait_for_log("Connection to broker lost")
+    wait_until(lambda: in_the_pipe.log_text().count("Serving 'jobs'") == 2, what="the reconnect")
+    os.kill(child, signal.SIGCONT)
+    wait_for_ends(history_path, 2)
+    wait_until(lambda: producer.affinity.stats("jobs").entries == 0, what="its settle")
+    History.load(history_path).assert_lawful()
 
 
 def test_a_cold_stop_loses_nothing(
