@@ -21,6 +21,7 @@ from celery_affinity.request import requeue_unknown_tasks, strategy_for
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.topology import worker_queue, worker_queue_name
+from celery_affinity.unreadable import survive_unreadable
 
 __all__ = ("Node",)
 
@@ -153,6 +154,7 @@ class Node:
                 task, self.app, consumer, consumer.strategies[name], self.reporter, to_pool
             )
         requeue_unknown_tasks(consumer, self.reporter)
+        survive_unreadable(consumer, self.reporter)
         if not self._started:
             check_server(self._scripts().client, logger)
         self.reporter.register()
