@@ -50,6 +50,8 @@ def survive_unreadable(consumer: Any, ends: Buries) -> None:
                 if isinstance(message.headers, dict):
                     check_limits(message.headers)
                 return receive(message)
+            except MemoryError:
+                raise
             except Exception as error:
                 # kombu counts a KeyError among the errors of a lost connection.
                 if isinstance(error, consumer.connection_errors) and not isinstance(
@@ -57,7 +59,7 @@ def survive_unreadable(consumer: Any, ends: Buries) -> None:
                 ):
                     raise
                 if not _bury(ends, message, error):
-                    _reject(message, error, consumer.connection_errors)
+                    _reject(consumer, message, error)
 
         return on_task_received
 
@@ -120,14 +122,13 @@ def _bury(ends: Buries, message: Any, error: Exception) -> bool:
     return True
 
 
-def _reject(message: Any, error: Exception, connection_errors: Any) -> None:
-    logger.error(
-        "Rejected a message of an ordinary queue that is not a usable task (%s: %s): %.200r",
-        type(error).__name__,
-        error,
-        message.headers,
-        exc_info=error,
-        extra={"action": "reject_unreadable"},
-    )
-    if not message.acknowledged:
-        message.reject_log_error(logger, connection_errors)
+def _reject(consumer: Any, message: Any, error: Exception) -> None:
+    if message.acknowledged:
+        logger.error(
+            "A message was not a usable task: %.200r",
+            message.headers,
+            exc_info=error,
+            extra={"action": "reject_unreadable"},
+        )
+    else:
+        consumer.on_invalid_task(None, message, error)

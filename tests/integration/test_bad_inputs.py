@@ -20,11 +20,14 @@ from uuid import uuid4
 import pytest
 from celery import chord
 from celery.result import AsyncResult
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 import acceptance.apps.odd  # noqa: F401  (the test's producer knows its tasks)
 from acceptance.support import APP, LEAN, QUICK, Producer, keys_with, slots, wait_for_nodes
-from celery_affinity import BuriedError
-from celery_affinity.message import MAX_BODY_BYTES, MAX_MESSAGE_BYTES
+from celery_affinity import AffinityQueue, BuriedError, ConfigurationError, TagError
+from celery_affinity.message import MAX_BODY_BYTES, MAX_MESSAGE_BYTES, tag_text
+from fuzzing import anything
 from harness import RESULTS_VARIABLE, Cluster, Node, wait_until
 from history import History
 
@@ -42,6 +45,17 @@ def message(tag: str, seq: int) -> Message:
         "headers": {"id": str(uuid4()), "task": "jobs.work", "identify_tag": tag, "retries": 0},
         "properties": {"body_encoding": "base64", "delivery_info": {"routing_key": "jobs"}},
     }
+
+
+class StrEnumLike(str):
+    """A subclass of str."""
+
+
+class Lazy:
+    """A translation that is made when it is shown."""
+
+    def __str__(self) -> str:
+        return "lazy"
 
 
 def encoded(body: bytes) -> str:
@@ -152,6 +166,28 @@ ODD: dict[str, Callable[[Message], None]] = {
 }
 
 
+@pytest.mark.parametrize("tag", ["\u202eabc", "a\u200bb", "x" * 256, StrEnumLike("sub")])
+def test_more_odd_texts_are_tags(tag: str) -> None:
+    assert tag_text(tag) == str(tag)
+
+
+@pytest.mark.parametrize("tag", ["x" * 65_536, "x" * 1_000_000, Lazy()], ids=["64 kB", "1 MB", "lazy"])
+def test_more_that_is_no_tag_is_refused_at_submit(tag: object) -> None:
+    with pytest.raises(TagError, match="expected at most 512|must be a str"):
+        tag_text(tag)
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, "2", True, {"default": 0}, {"a": "x"}])
+def test_a_concurrency_that_is_no_usable_number_is_refused(number: object) -> None:
+    with pytest.raises(ConfigurationError, match="tag_concurrency"):
+        AffinityQueue("q", tag_concurrency=number)
+
+
+def test_a_policy_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="on_failure.*'skip', 'block' or 'park'"):
+        AffinityQueue("q", on_failure="stop")
+
+
 @pytest.fixture
 def producer(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Producer:
     monkeypatch.setenv(RESULTS_VARIABLE, "1")
@@ -250,6 +286,16 @@ def test_a_message_that_is_due_in_the_year_9999_waits_and_holds_up_nobody(
     assert (stats.scheduled, stats.entries, stats.dead) == (1, 1, 0)
 
 
+def test_a_visibility_timeout_shorter_than_a_task_does_not_run_it_twice(
+    cluster: Cluster, history_path: Path, producer: Producer
+) -> None:
+    cluster.environ["AFFINITY_TEST_VISIBILITY"] = "1"
+    serve(cluster, producer)
+    results = producer.send("tag", 2, ms=4000)
+    assert [result.get(timeout=60) for result in results] == [0, 1]
+    assert [run.seq for run in History.load(history_path).runs] == [0, 1]
+
+
 def test_two_tasks_of_one_id_both_run(
     cluster: Cluster, history_path: Path, producer: Producer
 ) -> None:
@@ -339,3 +385,40 @@ def test_poison_in_an_ordinary_queue_neither_ends_nor_wedges_the_worker(
     wait_until(lambda: idle(producer, 1), what="an idle system")
     left = keys_with(producer.affinity._scripts.client, "plain_work")
     assert left == [], "none of them comes again"
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_no_fuzzed_message_ends_or_wedges_a_worker_or_changes_the_number_of_messages(
+    cluster: Cluster, history_path: Path, producer: Producer, pool: str
+) -> None:
+    node = cluster.worker(
+        APP, queues="jobs", concurrency=2, pool=pool, environ=QUICK, extra=LEAN
+    )
+    wait_for_nodes(producer.affinity, 1)
+    client = producer.affinity._scripts.client
+    pushed: list[bytes] = []
+
+    @settings(max_examples=15, deadline=None, database=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))
+    @given(bad=st.lists(anything, min_size=10, max_size=20))
+    def law(bad: list[bytes]) -> None:
+        neighbours = []
+        for raw in bad:
+            neighbours += producer.send("neighbour")
+            push(producer, raw)
+        pushed.extend(bad)
+        for result in neighbours:
+            result.get(timeout=30)
+
+    law()
+
+    def rest() -> tuple[int, int, int]:
+        stats = producer.affinity.stats("jobs")
+        strays = int(client.hget("{affinity:default}:q:jobs:c", "strays") or 0)
+        ended = stats.settled + stats.dead + stats.scheduled + strays
+        return ended - producer.sent - len(pushed), stats.idle_slots, stats.entries - stats.scheduled
+
+    wait_until(lambda: rest() == (0, 2, 0), 60, "every message's end")
+    assert node.alive and "Connection to broker lost" not in node.log_text()
+    ran = [run.seq for run in History.load(history_path).runs if run.tag == "neighbour"]
+    assert ran == list(range(producer.sent))

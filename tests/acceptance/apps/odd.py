@@ -11,6 +11,11 @@ from celery_affinity import affinity_task
 
 __all__ = ("affinity", "app")
 
+if "AFFINITY_TEST_VISIBILITY" in os.environ:
+    app.conf.broker_transport_options = {
+        "visibility_timeout": float(os.environ["AFFINITY_TEST_VISIBILITY"])
+    }
+
 #: While a file of this name is there, the repaired task succeeds.
 REPAIRED_VARIABLE = "AFFINITY_TEST_REPAIRED"
 
