@@ -14,6 +14,7 @@ from celery_affinity.intake import Intake, no_tag
 from celery_affinity.ledger import Ledger
 from celery_affinity.settings import AffinityQueue
 from celery_affinity.topology import RedisNames
+from harness import wait_until
 
 from .conftest import Bench, Copy
 
@@ -79,6 +80,7 @@ def test_letters_are_listed_by_entry_a_page_at_a_time(bench: Bench) -> None:
         after = page[-1].entry
     assert [len(page) for page in pages] == [500, 500, 200]
     assert [n for page in pages for n in page] == [str(n) for n in range(1200)]
+    assert len(read.dead_letters(QUEUE, 5000, 0, None)) == 1200
 
 
 def test_letters_of_one_tag_are_listed_alone(bench: Bench) -> None:
@@ -233,9 +235,11 @@ def test_by_default_a_failed_task_is_settled_and_nothing_is_buried(bench: Bench)
 
 
 @pytest.mark.parametrize("policy", [BLOCK, PARK])
-@pytest.mark.parametrize("depth", [1, 2])
-def test_a_failed_task_halts_its_tag_and_no_other(bench: Bench, policy: int, depth: int) -> None:
-    bench.lead(failure=policy)
+@pytest.mark.parametrize("depth, ordered", [(1, 0), (2, 0), (2, 60_000)])
+def test_a_failed_task_halts_its_tag_and_no_other(
+    bench: Bench, policy: int, depth: int, ordered: int
+) -> None:
+    bench.lead(failure=policy, ordered=ordered)
     node = bench.node("n", depth=depth)
     bench.send("a", 1, 2, 3)
     bench.send("b", 1)
@@ -399,6 +403,23 @@ def test_a_halted_tag_stays_so_when_the_policy_is_given_up_until_it_is_resumed(
     assert node.drain_all() == ["a-2", "a-3"]
     bench.lead(failure=0)
     assert not bench.client.hexists(bench.queue_key("conf"), "halts"), "and costs nothing any more"
+
+
+def test_an_ordered_retry_of_another_lease_does_not_end_a_halt(bench: Bench) -> None:
+    bench.lead(concurrency=2, failure=BLOCK, ordered=60_000)
+    node = bench.node("n", slots=2)
+    bench.send("a", 1, 2, 3)
+    bench.admit_all()
+    failing = node.take()
+    failing.start()
+    retrying = node.take()
+    retrying.start()
+    assert failing.settle("failed", "no", "") == "halted"
+    assert retrying.settle("done", bench.retry_of(retrying), bench.now_ms() + 1) == "halted"
+    wait_until(lambda: bench.promote()[1] < 0, what="nothing that is due")
+    assert node.receive() is None
+    letters(bench).requeue(None, None)
+    assert node.drain_all() == ["a-1", "a-2", "a-3"]
 
 
 def test_evacuation_ends_a_halt(bench: Bench) -> None:

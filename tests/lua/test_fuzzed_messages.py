@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from celery_affinity.message import STAMP_HEADER, Stamp
-from fuzzing import anything
+from fuzzing import BASE, anything
 
 from .conftest import Bench
 
@@ -82,3 +83,16 @@ def test_no_requeue_changes_the_number_of_messages(bench: Bench, bad: list[bytes
     assert requeued + len(entries(bench)) == len(bad)
     scheduled = bench.client.zcard(bench.queue_key("eta"))
     assert len(node.drain_all()) + scheduled == requeued
+
+
+@pytest.mark.parametrize(
+    "stamp", ["x", "1 -1 1 n 0 1 1 q", f"{2**63} 1 1 n 0 1 1 q", "1 1 1 n 0 1 1 other", 7]
+)
+def test_a_stamp_that_the_ledger_did_not_give_loses_no_message(bench: Bench, stamp: object) -> None:
+    bench.lead()
+    bench.send("a", 1, 2)
+    forged = json.loads(json.dumps(BASE))
+    forged["headers"].update(affinity_stamp=stamp, identify_tag="a")
+    bench.push(json.dumps(forged))
+    bench.admit_all()
+    assert bench.node("n").drain_all() == ["a-1", "a-2", "fuzzed"]
