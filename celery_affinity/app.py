@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
 from celery import Celery, signals
 
 from celery_affinity import internals
+from celery_affinity.appconf import affinity_conf
+from celery_affinity.banner import banner
 from celery_affinity.bootstep import ConsumerStep, WorkerStep
 from celery_affinity.connection import connect, same_server
-from celery_affinity.dead import DeadLetters
 from celery_affinity.delivery import Delivery, SameRedisDelivery
 from celery_affinity.detour import refuse_pending_queues, to_pending_queue
 from celery_affinity.evacuation import evacuate, resume
 from celery_affinity.exceptions import ConfigurationError, UndeclaredQueueError
 from celery_affinity.failing import fail_buried
-from celery_affinity.foreign import ForeignConsumers
-from celery_affinity.intake import Intake, no_tag
+from celery_affinity.foreign import ForeignConsumers, consumed_queues
+from celery_affinity.intake import no_tag
 from celery_affinity.keys import Keys
 from celery_affinity.ledger import Ledger
-from celery_affinity.message import decoded_body, tag_text
+from celery_affinity.message import decoded_body
 from celery_affinity.node import Node
+from celery_affinity.operations import DeadLetterCalls
+from celery_affinity.options import add_role_option
 from celery_affinity.revoking import note_revokes
 from celery_affinity.scripts import Scripts
 from celery_affinity.service import SchedulerService
@@ -31,7 +34,6 @@ from celery_affinity.settings import AffinityQueue, AffinitySettings, resolve
 from celery_affinity.task import TagFrom, declare, derive_tag, pending_queue
 from celery_affinity.topology import RedisNames
 from celery_affinity.types import (
-    DeadLetter,
     EvacuationRecord,
     LeaderRecord,
     QueueStats,
@@ -44,7 +46,7 @@ __all__ = ("Affinity",)
 logger = logging.getLogger(__name__)
 
 
-class Affinity:
+class Affinity(DeadLetterCalls):
     """Sticky affinity routing for a Celery app.
 
     Does no I/O and reads no setting before the app is configured and one of them is needed.
@@ -66,9 +68,13 @@ class Affinity:
         self.node: Node | None = None
         self._service: SchedulerService | None = None
         self._foreign: ForeignConsumers | None = None
+        self._node_name = ""
         self._startup_error: Exception | None = None
+        self._command_line: dict[str, str] = {}
         app.celery_affinity = self  # type: ignore[attr-defined]
         note_revokes(app, self._note_revoked)
+        add_role_option(app, self._take_role)
+        app.on_after_configure.connect(self._forget_settings, weak=False)
         app.steps["worker"].add(WorkerStep)
         app.steps["consumer"].add(ConsumerStep)
         signals.worker_init.connect(self._on_worker_init, weak=False)
@@ -80,8 +86,16 @@ class Affinity:
 
     @cached_property
     def _resolved(self) -> tuple[AffinitySettings, dict[str, str]]:
-        found, origins = resolve(_affinity_conf(self.app.conf), self._arguments)
-        return found, origins
+        conf, written = affinity_conf(self.app)
+        return resolve(conf, self._arguments, command_line=self._command_line, written=written)
+
+    def _take_role(self, role: str) -> None:
+        self._command_line["role"] = role
+        self._forget_settings()
+
+    def _forget_settings(self, **_: Any) -> None:
+        """The app is configured (anew), or the command line was read."""
+        self.__dict__.pop("_resolved", None)
 
     @property
     def settings(self) -> AffinitySettings:
@@ -165,68 +179,6 @@ class Affinity:
         """Who schedules the queue now; None if nobody does."""
         return self._ledger.leader(self._declared(queue))
 
-    # Dead letters
-
-    def dead_letters(
-        self, queue: str, limit: int = 100, *, after: int = 0, tag: str | None = None
-    ) -> list[DeadLetter]:
-        """Messages that were buried, with the reason, by entry (the order of admission).
-
-        Arguments:
-            after: The last entry of the page before.
-            tag: Only those of this tag; "" is for those that have none.
-        """
-        return self._ledger.dead_letters(self._declared(queue), limit, after, tag)
-
-    def requeue_dead(
-        self, queue: str, entries: Iterable[int] | None = None, *, tag: str | None = None
-    ) -> int:
-        """Let buried messages run: these entries, those of a tag, or all there are now.
-
-        Each joins the end of its tag, in the order of their entries; one that halts its tag
-        (``on_failure``) goes back to the tag's head, and a blocked tag goes on. Message and task id
-        stay the same, so a result that is FAILURE is replaced.
-
-        Returns:
-            How many were requeued. What intake still cannot use (no tag) stays a dead letter.
-
-        Raises:
-            ValueError: If both entries and a tag are given.
-        """
-        return self._dead(queue).requeue(entries, tag)
-
-    def purge_dead(
-        self, queue: str, entries: Iterable[int] | None = None, *, tag: str | None = None
-    ) -> int:
-        """Delete buried messages for good: these entries, those of a tag, or all there are now.
-
-        A tag that is blocked by one (``on_failure``) goes on.
-
-        Returns:
-            How many were deleted. One whose caller was not told of its failure yet stays: the
-            leader tells within seconds, if the result backend can be reached.
-
-        Raises:
-            ValueError: If both entries and a tag are given.
-        """
-        return self._dead(queue).purge(entries, tag)
-
-    def resume_tag(self, queue: str, tag: str) -> None:
-        """Let a tag that was halted by ``on_failure`` go on with what it has."""
-        self._scripts.resume_tag(self._declared(queue).state, tag_text(tag))
-
-    def _dead(self, queue: str) -> DeadLetters:
-        declared = self._declared(queue)
-        intake = Intake(
-            self._scripts, declared.state, [], self._tag_of_message, declared.untagged == "spread"
-        )
-        return DeadLetters(
-            self._scripts,
-            declared.state,
-            intake.judge,
-            lambda tag: self._ledger.dead_entries(declared, tag),
-        )
-
     # Going back
 
     def evacuate(self, queue: str, timeout: float = 60.0) -> EvacuationRecord:
@@ -281,7 +233,7 @@ class Affinity:
             self._service.start()
             service = self._service
             self._foreign = ForeignConsumers(
-                lambda seconds: self.app.control.inspect(timeout=seconds).active_queues(),
+                partial(consumed_queues, self.app),
                 self._pending_names,
                 lambda: service.leading,
             )
@@ -305,20 +257,14 @@ class Affinity:
 
     def banner(self) -> str:
         """Settings that are not defaults, each with its origin, a line each."""
-        values = self.settings.model_dump()
-        lines = [f".> queues:      {', '.join(self.settings.queue_names) or '(none)'}"]
-        lines += [
-            f".> {name}: {values[name]} ({origin})"
-            for name, origin in self.origins.items()
-            if name not in ("queues", "redis_url")
-        ]
-        return "\n".join(lines)
+        return banner(self.settings, self.origins)
 
     # The worker's hooks (wired by bootstep.py)
 
     def _on_worker_init(self, sender: Any, **_: Any) -> None:
         if sender.app is not self.app:
             return
+        self._node_name = str(sender.hostname)
         try:
             self.node = self._make_node(sender)
         except Exception as error:
@@ -336,7 +282,8 @@ class Affinity:
         ]
         if self.settings.role == "scheduler":
             self._consume_no_pending_queue(selected)
-            serves = []
+            _ = self.redis_url  # one that cannot be used stops the start here
+            return None
         if not serves:
             logger.info(
                 "This worker serves no affinity queue (declared: %s; consumed: %s).",
@@ -380,10 +327,11 @@ class Affinity:
 
     def worker_started(self) -> None:
         """The worker's pool is up."""
-        if self.node is not None:
+        role = self.settings.role
+        if self.node is not None or role == "scheduler":
             logger.info("celery_affinity\n%s", self.banner(), extra={"action": "banner"})
-        if self.node is not None and self.settings.role == "both":
-            self.start_scheduling(self.node.name)
+            if role != "worker":
+                self.start_scheduling(self._node_name)
 
     def consumer_started(self, consumer: Any) -> None:
         """The worker (re)connected; its strategies were built anew."""
@@ -429,14 +377,3 @@ class Affinity:
         index = internals.pool_process_index()
         if self.node is not None and index is not None:
             self.node.open_gates(index)
-
-
-def _affinity_conf(conf: Any) -> dict[str, Any]:
-    """The ``affinity_*`` settings of an app, also ``CELERY_AFFINITY_*`` under a namespace."""
-    found: dict[str, Any] = {}
-    names = {name.lower() for name in conf.keys() if isinstance(name, str)}
-    for name in names:
-        for prefix in ("affinity_", "celery_affinity_"):
-            if name.startswith(prefix):
-                found[name[len(prefix) :]] = conf.get(name[name.index("affinity_") :])
-    return {name: value for name, value in found.items() if value is not None}

@@ -19,10 +19,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from billiard.process import current_process
+from celery import states
 from celery.app.trace import trace_ok_t
 from celery.concurrency import get_implementation
 from celery.concurrency.asynpool import AsynPool
@@ -42,6 +43,7 @@ __all__ = (
     "selected_queues",
     "settle_own_retries",
     "slots_are_processes",
+    "stored_success",
     "wrap_tracers",
 )
 
@@ -69,6 +71,19 @@ def wrap_tracers(tasks: Iterable[Any], gate: Gate) -> None:
 def refusal(marker: str) -> Any:
     """What a tracer returns for a task that ended well with this text as its result's repr."""
     return trace_ok_t(None, None, 0.0, marker)
+
+
+def stored_success(app: Any, task_id: str, request: Mapping[str, Any]) -> str | None:
+    """The repr of the result if the task's SUCCESS is stored; None if not, or nobody can tell."""
+    task = app.tasks.get(request.get("task"))
+    if task is None or task.ignore_result or request.get("ignore_result"):
+        return None
+    try:
+        meta = task.backend.get_task_meta(task_id, cache=False)
+    except Exception as error:
+        logger.debug("Could not look for the stored result of task %s: %s", task_id, error)
+        return None
+    return repr(meta.get("result")) if meta.get("status") == states.SUCCESS else None
 
 
 # Retries
@@ -294,6 +309,23 @@ class SlotPool(AsynPool):  # type: ignore[misc]
         if proc is not None and self.slot_buffers.get(proc.index):
             self._feed(proc.index)
 
+    def _event_process_exit(self, hub: Any, proc: Any) -> None:
+        """A process' sentinel is readable: it is ending, or has ended.
+
+        The stock pool looks once, and where the process cannot be reaped yet, again by its timer,
+        up to 5 s later: so long the tag of its task would wait.
+        """
+        super()._event_process_exit(hub, proc)
+        self._reap_soon(hub, proc, 100)
+
+    def _reap_soon(self, hub: Any, proc: Any, tries: int) -> None:
+        if proc in self._pool and tries:
+            hub.call_later(0.02, self._reap, hub, proc, tries - 1)
+
+    def _reap(self, hub: Any, proc: Any, tries: int) -> None:
+        self.maintain_pool()
+        self._reap_soon(hub, proc, tries)
+
     def on_process_alive(self, pid: int) -> None:
         """A new process is up and takes over the jobs that wait for its slot."""
         super().on_process_alive(pid)
@@ -379,6 +411,7 @@ def slots_are_processes(pool_cls: Any, wanted: bool, use_eventloop: bool) -> boo
         return False
     needed = (
         "_create_write_handlers",
+        "_event_process_exit",
         "create_result_handler",
         "on_job_ready",
         "on_job_process_lost",

@@ -16,12 +16,15 @@ from celery_affinity.connection import check_server, connect
 from celery_affinity.delivery import Delivery
 from celery_affinity.gate import Gate
 from celery_affinity.keys import Keys
+from celery_affinity.namesake import Namesake
 from celery_affinity.reporter import Reporter
 from celery_affinity.request import requeue_unknown_tasks, strategy_for
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.topology import worker_queue, worker_queue_name
 from celery_affinity.unreadable import survive_unreadable
+from celery_affinity.vacancy import Vacancy
+from celery_affinity.watchdog import Lifeline, Watchdog
 
 __all__ = ("Node",)
 
@@ -70,8 +73,19 @@ class Node:
         )
         pending = {queue.state: queue.pending for queue in serves}
         internals.settle_own_retries(self.app, pending.get)
+        self._lifeline = Lifeline()
+        self._namesake = Namesake(self.name, self.incarnation)
+        looks = [self._namesake.look]
+        if settings.role == "worker":
+            names = {queue.state: queue.name for queue in serves}
+            looks.append(Vacancy(names, 2 * settings.leader_ttl).look)
         self.reporter = Reporter(
-            self._scripts, self.incarnation, self._announcement, settings.heartbeat_interval
+            self._scripts,
+            self.incarnation,
+            self._announcement,
+            settings.heartbeat_interval,
+            self._lifeline,
+            looks,
         )
         self._started = False
         self._gate: tuple[int, Gate] | None = None
@@ -115,6 +129,8 @@ class Node:
         """Put this process' gate around all tasks of the app."""
         if self._gate is None or self._gate[0] != os.getpid():
             self._gate = os.getpid(), self._make_gate(slot)
+            if self._settings.on_ledger_lost == "stop":
+                self._watch(self._gate[1])
         gate = self._gate[1]
         internals.wrap_tracers(self.app.tasks.values(), gate)
         gate.process_up()
@@ -123,6 +139,10 @@ class Node:
         """This process stops running tasks."""
         if self._gate is not None and self._gate[0] == os.getpid():
             self._gate[1].close()
+
+    def _watch(self, gate: Gate) -> None:
+        dog = Watchdog(self._lifeline, gate.oldest, self._settings.heartbeat_timeout)
+        internals.native_thread(dog.run, "affinity-watchdog")
 
     def _make_gate(self, slot: int | None) -> Gate:
         in_process = slot is None
@@ -136,6 +156,7 @@ class Node:
             in_process=in_process,
             ordinary=self._ordinary,
             trust_seconds=self._settings.heartbeat_timeout / 2,
+            succeeded=partial(internals.stored_success, self.app),
         )
 
     # In the parent, on each start of its consumer
@@ -156,7 +177,9 @@ class Node:
         requeue_unknown_tasks(consumer, self.reporter)
         survive_unreadable(consumer, self.reporter)
         if not self._started:
-            check_server(self._scripts().client, logger)
+            scripts = self._scripts()
+            check_server(scripts.client, logger)
+            self._namesake.before_registration(scripts)
         self.reporter.register()
         if self._started:
             self.reporter.reconnected()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
@@ -54,8 +54,16 @@ def _explain(
             message = f"there is no such setting; correct or remove it (known: {known})"
         elif name != "settings":
             message += f"; found {problem['input']!r:.80}"
+        else:
+            message += _mentioned(message, origins)
         lines.append(f"{name}{origin}: {message}")
     return f"{what} cannot be used:\n  " + "\n  ".join(lines)
+
+
+def _mentioned(message: str, origins: Mapping[str, str]) -> str:
+    """Where the settings that a message names come from."""
+    named = [f"{name} is from {origin}" for name, origin in origins.items() if name in message]
+    return f" ({', '.join(named)})" if named else ""
 
 
 class AffinityQueue(BaseModel):
@@ -191,6 +199,9 @@ class AffinitySettings(BaseModel):
     heartbeat_interval: Seconds = 2.0
     #: A worker that did not report for so long is lost, and what it held runs elsewhere.
     heartbeat_timeout: Seconds = 10.0
+    #: What becomes of running tasks when a worker's heartbeats do not get through: they finish, or
+    #: their process is killed before the lease passes on (without processes: the worker).
+    on_ledger_lost: Literal["finish", "stop"] = "finish"
     #: On prefork, run all tasks of a lease in one pool process.
     slot_is_process: bool = True
 
@@ -248,23 +259,46 @@ def _refuse_typos(environ: Mapping[str, str]) -> None:
             )
 
 
-def _queues_from_conf(value: Any) -> Any:
+def _refuse_queues(environ: Mapping[str, str]) -> None:
+    if "AFFINITY_QUEUES" in environ:
+        raise ConfigurationError(
+            "the environment has AFFINITY_QUEUES, but queues are declared by "
+            "Affinity(app, queues=[...]) or by affinity_queues in the app's settings: remove it"
+        )
+
+
+def _queues(value: Any, origin: str) -> Any:
     if not isinstance(value, Mapping):
         return value
-    return tuple(AffinityQueue(name, **dict(options)) for name, options in value.items())
+    found = []
+    for name, options in value.items():
+        if not isinstance(name, str) or not isinstance(options, Mapping):
+            raise ConfigurationError(
+                f"{origin} cannot be used: found {name!r}: {options!r:.80}, expected a queue's "
+                f'name and its settings, such as {{"invoices": {{"max_batch_size": 10}}}}'
+            )
+        try:
+            found.append(AffinityQueue(name, **options))
+        except (ConfigurationError, TypeError) as error:
+            raise ConfigurationError(f"{origin}: {error}") from None
+    return tuple(found)
 
 
 def resolve(
     conf: Mapping[str, Any],
     arguments: Mapping[str, Any],
     environ: Mapping[str, str] | None = None,
+    command_line: Mapping[str, Any] | None = None,
+    written: Mapping[str, str] | None = None,
 ) -> tuple[AffinitySettings, dict[str, str]]:
-    """Merge the sources: environment over arguments over ``app.conf`` over defaults.
+    """Merge the sources: command line over environment over arguments over ``app.conf``.
 
     Arguments:
         conf: The app's ``affinity_*`` settings, without the prefix.
         arguments: What ``Affinity(app, ...)`` was given.
         environ: Environment; ``AFFINITY_<NAME>`` sets ``<name>``.
+        command_line: What ``--affinity-<name>`` was given.
+        written: For settings of `conf`, where the user wrote them; ``app.conf.affinity_<name>``.
 
     Returns:
         The settings, and for each that is not a default where it came from.
@@ -274,23 +308,25 @@ def resolve(
     """
     environ = os.environ if environ is None else environ
     _refuse_typos(environ)
+    _refuse_queues(environ)
+    in_environment = {
+        name: environ[f"AFFINITY_{name.upper()}"]
+        for name in AffinitySettings.model_fields
+        if f"AFFINITY_{name.upper()}" in environ
+    }
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for source, found in (
-        ("app.conf.affinity_", conf),
-        ("Affinity(...) ", arguments),
-        (
-            "AFFINITY_",
-            {
-                n: environ[f"AFFINITY_{n.upper()}"]
-                for n in AffinitySettings.model_fields
-                if n != "queues" and f"AFFINITY_{n.upper()}" in environ
-            },
-        ),
-    ):
+    sources: list[tuple[Mapping[str, Any], Callable[[str], str]]] = [
+        (conf, lambda name: (written or {}).get(name, f"app.conf.affinity_{name}")),
+        (arguments, lambda name: f"Affinity(...) {name}"),
+        (in_environment, lambda name: f"AFFINITY_{name.upper()}"),
+        (command_line or {}, lambda name: f"--affinity-{name.replace('_', '-')}"),
+    ]
+    for found, origin_of in sources:
         for name, value in found.items():
-            values[name] = _queues_from_conf(value) if name == "queues" else value
-            origins[name] = source + (name.upper() if source == "AFFINITY_" else name)
+            values[name], origins[name] = value, origin_of(name)
+    if "queues" in values:
+        values["queues"] = _queues(values["queues"], origins["queues"])
     try:
         return AffinitySettings(**values), origins
     except ValidationError as error:

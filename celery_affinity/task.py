@@ -153,7 +153,21 @@ def _apply_async(
     queue: Any = None,
     **options: Any,
 ) -> Any:
-    options["queue"] = queue
+    options = _tagged(self, args, kwargs, identify_tag, headers, queue, options)
+    return super(type(self), self).apply_async(args, kwargs, *positional, **options)
+
+
+def _tagged(
+    self: Any,
+    args: Any,
+    kwargs: Any,
+    identify_tag: object,
+    headers: Any,
+    queue: Any,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """The options of a call with its tag and the queue to publish to. Repeats change nothing."""
+    options = {**options, "queue": queue}
     tag = _tag_of_call(self, args, kwargs, identify_tag, headers, options)
     options["headers"] = {**(headers or {}), TAG_HEADER: tag}
     bound = _affinity_of(self)
@@ -166,7 +180,36 @@ def _apply_async(
     options["queue"] = queue
     if queue is None:
         del options["queue"]
-    return super(type(self), self).apply_async(args, kwargs, *positional, **options)
+    return options
+
+
+def _apply_async_on_commit(self: Any) -> Callable[..., Any]:
+    """Django's: send when the transaction commits. What is wrong with the call is said at once.
+
+    Raises:
+        AttributeError: If the app is not Django's.
+    """
+    on_commit: Callable[..., Any] = super(type(self), self).apply_async_on_commit
+
+    def apply_async_on_commit(
+        args: Any = None,
+        kwargs: Any = None,
+        *positional: Any,
+        identify_tag: object = None,
+        headers: Any = None,
+        queue: Any = None,
+        **options: Any,
+    ) -> Any:
+        options = _tagged(self, args, kwargs, identify_tag, headers, queue, options)
+        return on_commit(args, kwargs, *positional, **options)
+
+    return apply_async_on_commit
+
+
+def _delay_on_commit(self: Any) -> Callable[..., Any]:
+    """`apply_async_on_commit` with the task's arguments only."""
+    on_commit = self.apply_async_on_commit
+    return lambda *args, **kwargs: on_commit(args, kwargs)
 
 
 def _apply(
@@ -208,6 +251,8 @@ def task_options(tag_from: TagFrom | None, queue: Any, options: dict[str, Any]) 
         "affinity_tag_from": staticmethod(tag_from) if callable(tag_from) else tag_from,
         "apply_async": _apply_async,
         "apply": _apply,
+        "apply_async_on_commit": property(_apply_async_on_commit),
+        "delay_on_commit": property(_delay_on_commit),
         "affinity": property(_affinity),
     }
 
