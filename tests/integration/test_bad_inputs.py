@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import acceptance.apps.odd  # noqa: F401  (the test's producer knows its tasks)
+from acceptance.apps.odd import ReadByTheParentOnly
 from acceptance.support import APP, LEAN, QUICK, Producer, keys_with, slots, wait_for_nodes
 from celery_affinity import AffinityQueue, BuriedError, ConfigurationError, TagError
 from celery_affinity.message import MAX_BODY_BYTES, MAX_MESSAGE_BYTES, tag_text
@@ -43,7 +44,10 @@ def message(tag: str, seq: int) -> Message:
         "content-encoding": "utf-8",
         "content-type": "application/json",
         "headers": {"id": str(uuid4()), "task": "jobs.work", "identify_tag": tag, "retries": 0},
-        "properties": {"body_encoding": "base64", "delivery_info": {"routing_key": "jobs"}},
+        "properties": {
+            "body_encoding": "base64", "delivery_info": {"exchange": "", "routing_key": "jobs"},
+            "delivery_tag": str(uuid4()),
+        },
     }
 
 
@@ -151,6 +155,7 @@ ODD: dict[str, Callable[[Message], None]] = {
     "expires in year 9999": headers(expires="9999-12-31T23:59:59+00:00"),
     "id with a newline": headers(id=f"new\nline {uuid4()}"),
     "id of 100 kB": headers(id="x" * 100_000),
+    "no delivery tag": lambda m: m["properties"].pop("delivery_tag"),
     "priority -1": lambda m: m["properties"].update(priority=-1),
     "priority 300": lambda m: m["properties"].update(priority=300),
     "property with another tag": lambda m: m["properties"].update(identify_tag="another"),
@@ -255,6 +260,27 @@ def test_no_poison_kills_or_wedges_a_worker_and_each_is_buried_with_its_reason(
     assert [run.seq for run in found.runs] == list(range(len(neighbours)))
 
 
+def test_what_only_the_pool_process_cannot_read_is_buried(
+    cluster: Cluster, history_path: Path, producer: Producer
+) -> None:
+    cluster.environ.update(AFFINITY_TEST_ACCEPT="pickle", C_FORCE_ROOT="1")  # CI may be root
+    serve(cluster, producer)
+    bad = message("tag", 0)
+    bad.update({
+        "content-type": "application/x-python-serialize", "content-encoding": "binary",
+        "body": encoded(pickle.dumps([[ReadByTheParentOnly(), 0], {}, {}])),
+    })
+    push(producer, json.dumps(bad))
+    (behind,) = producer.send("tag")
+    assert behind.get(timeout=30) == 0
+    with pytest.raises(BuriedError, match="not here"):
+        AsyncResult(bad["headers"]["id"], app=producer.app).get(timeout=30)
+    wait_until(lambda: idle(producer), what="an idle system")
+    assert [letter.reason for letter in producer.affinity.dead_letters("jobs")] == [
+        "DecodeError: not here"
+    ]
+
+
 def test_odd_messages_run_in_their_place(
     cluster: Cluster, history_path: Path, producer: Producer
 ) -> None:
@@ -347,7 +373,6 @@ def test_a_tagged_message_sent_straight_to_a_worker_queue_goes_through_the_ledge
     found: Any = producer.app.control.inspect(timeout=5).active_queues()
     (name,) = (queue["name"] for queue in found["w1@test"])
     astray = message("tag", 0)
-    astray["properties"]["delivery_tag"] = str(uuid4())
     if kind == "stamp x":
         astray["headers"]["affinity_stamp"] = "x"
     push(producer, json.dumps(astray), name)
@@ -373,9 +398,7 @@ def test_poison_in_an_ordinary_queue_neither_ends_nor_wedges_the_worker(
     for spoil in spoils:
         poison = message("tag", -1)
         poison["headers"]["task"] = "jobs.plain_work"
-        poison["properties"].update(
-            delivery_tag=str(uuid4()), delivery_info={"exchange": "", "routing_key": "ordinary"}
-        )
+        poison["properties"]["delivery_info"] = {"exchange": "", "routing_key": "ordinary"}
         spoil(poison)
         push(producer, json.dumps(poison), "ordinary")
     (ordinary,) = producer.send("plain", task="plain_work")

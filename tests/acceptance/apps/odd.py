@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from billiard.process import current_process
 from celery import Task
 
 from acceptance.apps.affinity_app import affinity, app, recorded, work
@@ -16,8 +17,26 @@ if "AFFINITY_TEST_VISIBILITY" in os.environ:
         "visibility_timeout": float(os.environ["AFFINITY_TEST_VISIBILITY"])
     }
 
+if "AFFINITY_TEST_ACCEPT" in os.environ:
+    app.conf.accept_content = ["json", os.environ["AFFINITY_TEST_ACCEPT"]]
+
 #: While a file of this name is there, the repaired task succeeds.
 REPAIRED_VARIABLE = "AFFINITY_TEST_REPAIRED"
+
+
+class ReadByTheParentOnly:
+    """An argument that can be unpickled in the worker's parent, and nowhere else."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Called where the message is made."""
+        return only_in_the_parent, ()
+
+
+def only_in_the_parent() -> str:
+    """Called where it is read."""
+    if current_process().name != "MainProcess":
+        raise ValueError("not here")
+    return "tag"
 
 
 @affinity_task(queue="jobs", tag_from="tag", bind=True, name="jobs.much_later")
