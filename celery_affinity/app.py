@@ -13,9 +13,10 @@ from celery_affinity import internals
 from celery_affinity.appconf import affinity_conf
 from celery_affinity.banner import banner
 from celery_affinity.bootstep import ConsumerStep, WorkerStep
+from celery_affinity.checks import refuse_settings, warnings_of
 from celery_affinity.connection import connect, same_server
 from celery_affinity.delivery import Delivery, SameRedisDelivery
-from celery_affinity.detour import refuse_pending_queues, to_pending_queue
+from celery_affinity.detour import to_pending_queue
 from celery_affinity.evacuation import evacuate, resume
 from celery_affinity.exceptions import ConfigurationError, UndeclaredQueueError
 from celery_affinity.failing import fail_buried
@@ -27,6 +28,7 @@ from celery_affinity.message import decoded_body
 from celery_affinity.node import Node
 from celery_affinity.operations import DeadLetterCalls
 from celery_affinity.options import add_role_option
+from celery_affinity.remote_control import refuse_in_replies, steer
 from celery_affinity.revoking import note_revokes
 from celery_affinity.scripts import Scripts
 from celery_affinity.service import SchedulerService
@@ -71,12 +73,15 @@ class Affinity(DeadLetterCalls):
         self._node_name = ""
         self._startup_error: Exception | None = None
         self._command_line: dict[str, str] = {}
+        self._warnings: list[str] = []
         app.celery_affinity = self  # type: ignore[attr-defined]
         note_revokes(app, self._note_revoked)
         add_role_option(app, self._take_role)
         app.on_after_configure.connect(self._forget_settings, weak=False)
         app.steps["worker"].add(WorkerStep)
         app.steps["consumer"].add(ConsumerStep)
+        self._excluded: set[str] = set()
+        signals.celeryd_init.connect(self._on_celeryd_init, weak=False)
         signals.worker_init.connect(self._on_worker_init, weak=False)
         signals.worker_process_init.connect(self._on_process_init, weak=False)
         signals.worker_process_shutdown.connect(self._on_process_shutdown, weak=False)
@@ -261,9 +266,15 @@ class Affinity(DeadLetterCalls):
 
     # The worker's hooks (wired by bootstep.py)
 
+    def _on_celeryd_init(self, instance: Any, options: Mapping[str, Any], **_: Any) -> None:
+        if instance.app is self.app:
+            excluded = options.get("exclude_queues") or ()
+            self._excluded = set(excluded.split(",") if isinstance(excluded, str) else excluded)
+
     def _on_worker_init(self, sender: Any, **_: Any) -> None:
         if sender.app is not self.app:
             return
+        refuse_in_replies()
         self._node_name = str(sender.hostname)
         try:
             self.node = self._make_node(sender)
@@ -278,7 +289,8 @@ class Affinity(DeadLetterCalls):
         serves = [
             queue
             for queue in self.settings.queues
-            if selected is None or queue.name in selected or queue.pending in selected
+            if (selected is None or queue.name in selected or queue.pending in selected)
+            and not {queue.name, queue.pending} & self._excluded
         ]
         if self.settings.role == "scheduler":
             self._consume_no_pending_queue(selected)
@@ -292,9 +304,9 @@ class Affinity(DeadLetterCalls):
                 extra={"action": "serve_none"},
             )
             return None
-        affinity = {name for queue in serves for name in (queue.name, queue.pending)}
-        ordinary = bool(set(known) - affinity)
-        return Node(worker, self.settings, self.redis_url, self.delivery, serves, ordinary)
+        refuse_settings(worker)
+        self._warnings = warnings_of(worker)
+        return Node(worker, self.settings, self.redis_url, self.delivery, serves)
 
     @property
     def _pending_names(self) -> set[str]:
@@ -332,12 +344,14 @@ class Affinity(DeadLetterCalls):
             logger.info("celery_affinity\n%s", self.banner(), extra={"action": "banner"})
             if role != "worker":
                 self.start_scheduling(self._node_name)
+        for warning in self._warnings:
+            logger.warning(warning, extra={"action": "ineffective_setting"})
 
     def consumer_started(self, consumer: Any) -> None:
         """The worker (re)connected; its strategies were built anew."""
         if self.node is not None:
             self.node.consumer_started(consumer)
-        refuse_pending_queues(consumer, self._pending_names)
+        steer(consumer, self)
         for name, task in self.app.tasks.items():
             if not hasattr(task, "affinity_tag_from"):
                 continue

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from redis.exceptions import RedisError
 
 from celery_affinity.scripts import Scripts
 
@@ -42,11 +45,29 @@ class Burials:
         self._state = state
         self._tell = tell
         self._not_before = 0.0
+        self._thread: threading.Thread | None = None
+
+    def start(self, fence: str) -> None:
+        """One pass in a thread of its own, unless one is under way or it is too soon.
+
+        A result backend that does not answer, or an errback that takes long (Celery calls one that
+        takes more than the id, instead of sending it), must not cost the leader its term.
+        """
+        busy = self._thread is not None and self._thread.is_alive()
+        if not busy and time.monotonic() >= self._not_before:
+            self._thread = threading.Thread(
+                target=self._try, args=(fence,), name="affinity-burials", daemon=True
+            )
+            self._thread.start()
+
+    def _try(self, fence: str) -> None:
+        try:
+            self.run(fence)
+        except RedisError as error:
+            logger.debug("Could not tell of burials: %s", error)  # the scheduler says so itself
 
     def run(self, fence: str) -> None:
         """One pass over the untold."""
-        if time.monotonic() < self._not_before:
-            return
         told = []
         failed = None
         for entry, reason, raw in self._scripts.untold(self._state, self.BATCH):

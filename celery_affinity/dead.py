@@ -57,7 +57,7 @@ class DeadLetters:
         verdict, *kept = self._judge(raw)
         if verdict != "admit":
             return 0
-        return self._scripts.requeue(self._state, _token(), [entry], kept)[0]
+        return self._scripts.requeue(self._state, _token(), [entry], kept[:3])[0]
 
     def purge(self, entries: Iterable[int] | None, tag: str | None) -> int:
         """Delete these entries, those of a tag, or all; returns how many are gone."""

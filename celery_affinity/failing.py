@@ -27,7 +27,9 @@ def fail_buried(app: Any, message: Mapping[str, Any], reason: str) -> None:
     task_id = headers.get("id") if isinstance(headers, dict) else None
     if not isinstance(headers, dict) or not isinstance(task_id, str):
         return
-    app.backend.mark_as_failure(
+    task = app.tasks.get(headers.get("task"))
+    backend = app.backend if task is None else task.backend
+    backend.mark_as_failure(
         task_id,
         BuriedError(reason),
         request=_context(app, message, headers),
@@ -40,7 +42,8 @@ def _context(app: Any, message: Mapping[str, Any], headers: Mapping[str, Any]) -
     try:
         args, kwargs, embed = decoded_body(message, app.conf.accept_content)
     except Exception:
-        return Context(dict(headers))  # with a body that cannot be read there are no errbacks
+        # With a body that cannot be read there are no errbacks.
+        return Context({**headers, "delivery_info": {}})
     properties = message.get("properties") or {}
     return Context(
         {

@@ -68,6 +68,8 @@ class Run:
         self.token = token
         #: Messages of its own retries with their due time in ms: settled with it, not published.
         self.retry_messages: list[tuple[str, int | None]] = []
+        #: Tasks that it sent and that can start only when it has ended; see waiting.py.
+        self.own_tag_ids: set[str] = set()
 
 
 _run: ContextVar[Run | None] = ContextVar("celery_affinity_run", default=None)
@@ -214,7 +216,7 @@ class Gate:
                 outcome = "again"
             elif not isinstance(error, Exception):
                 outcome = ""
-                self._process_stops(stamp)
+                self._process_stops(stamp, told=_is_of_greenlets(error))
             raise
         finally:
             del self._began[run.token]
@@ -234,16 +236,17 @@ class Gate:
             if answer != 1 or seconds() - asked < self._trust_seconds:
                 return answer
 
-    def _process_stops(self, stamp: Stamp) -> None:
-        """The task did not end, it was stopped: its parent reports what becomes of it. Without
-        processes there is nobody else to do so.
+    def _process_stops(self, stamp: Stamp, told: bool) -> None:
+        """The task did not end, it was stopped: its request reports what becomes of it. Without
+        processes it learns of a timeout only (told), and there is nobody else to do so.
         """
-        if self._in_process:
+        if self._in_process and not told:
             self._patiently(
                 lambda: self._scripts.lost(
                     stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.state
                 )
             )
+        if self._in_process:
             self._release(stamp.slot, "lost")
 
     def _settle(
@@ -317,6 +320,12 @@ class Gate:
             self._reachability.unanswered(error)
         else:
             self._reachability.answered()
+
+
+def _is_of_greenlets(error: BaseException) -> bool:
+    """Whether it is a timeout of greenlets: a hard time limit, or one that the task let out."""
+    modules = ("gevent.timeout", "eventlet.timeout")
+    return any(kind.__module__ in modules for kind in type(error).__mro__)
 
 
 def _asks_for_requeue(result: Any) -> bool:

@@ -6,7 +6,8 @@ it admitted in a normal shape or buried with the reason, in its place in the ord
 
 A dispatched message can come back here: kombu puts what it has read for a queue that is consumed no
 more where its producer had sent it (a stopping worker). It is dropped: its entry is in the ledger,
-which recovers it, and admitted again it would run twice.
+which recovers it, and admitted again it would run twice. So is the repeat of a message with the
+header `affinity_once` (periodic.py), by resolve.lua; only messages with that header pay for it.
 
 Crash windows: between admit and resolve the message is still the oldest of its list
 (test_a_bad_message_is_buried_with_its_reason_and_takes_no_neighbour_along); resolve compares
@@ -22,6 +23,7 @@ from typing import Any
 from celery_affinity.exceptions import MissingTagError
 from celery_affinity.message import (
     MAX_MESSAGE_BYTES,
+    ONCE_HEADER,
     STAMP_HEADER,
     TAG_HEADER,
     Stamp,
@@ -96,7 +98,8 @@ class Intake:
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"[:1000]
             return ("bury", reason.encode("utf-8", "replace"), tag)
-        return ("admit", kept, tag, "" if eta is None else eta)
+        once = str(message["headers"].get(ONCE_HEADER) or "")[:200]
+        return ("admit", kept, tag, "" if eta is None else eta, once)
 
     def _is_stray(self, stamp: Stamp | None) -> bool:
         """Whether the ledger gave this stamp: then it has the entry, or had it."""

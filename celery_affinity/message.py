@@ -25,7 +25,9 @@ from celery_affinity.exceptions import TagError
 __all__ = (
     "MAX_BODY_BYTES",
     "MAX_MESSAGE_BYTES",
+    "DUE_HEADER",
     "MAX_TAG_BYTES",
+    "ONCE_HEADER",
     "REVOKED_HEADER",
     "STAMP_HEADER",
     "TAG_HEADER",
@@ -45,6 +47,10 @@ TAG_HEADER = "identify_tag"
 STAMP_HEADER = "affinity_stamp"
 #: Header that a dispatched message has whose task is revoked.
 REVOKED_HEADER = "affinity_revoked"
+#: Header of a message that the ledger admits once, whatever its key is; the ledger takes it off.
+ONCE_HEADER = "affinity_once"
+#: Header of a periodic task: the moment for which it was due, ISO 8601 in UTC.
+DUE_HEADER = "affinity_due"
 #: Longest tag, in bytes of UTF-8.
 MAX_TAG_BYTES = 512
 #: Largest message that is admitted, as it is in the queue (lua/include/read_message.lua).
@@ -173,7 +179,9 @@ def normalised(message: Mapping[str, Any], tag: str) -> str:
     """The same message in the shape that the ledger can stamp: headers first, tag in them; and
     with the delivery tag without which kombu does not make a message of it.
     """
-    headers = {key: value for key, value in message["headers"].items() if key != STAMP_HEADER}
+    # What is evacuated comes back: without the header it is not taken for a repeat.
+    own = (STAMP_HEADER, ONCE_HEADER)
+    headers = {key: value for key, value in message["headers"].items() if key not in own}
     headers[TAG_HEADER] = tag
     rest = {key: value for key, value in message.items() if key != "headers"}
     rest["properties"] = {"delivery_tag": str(uuid4()), **rest["properties"]}

@@ -54,6 +54,8 @@ class DispatchedRequest:
     """Mixed over the class that Celery makes of the task's Request, for dispatched messages."""
 
     affinity_ends: LedgerEnds
+    #: Whether tasks run in this process: one over its limit has ended when that is reported.
+    affinity_in_process: bool
     id: str
     name: str
     task: Any
@@ -141,7 +143,7 @@ class DispatchedRequest:
         try:
             super().on_success(result, **kwargs)  # type: ignore[misc]
         finally:
-            self.affinity_ends.held.ended(self.affinity_stamp)
+            self._ended()
 
     def on_failure(
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
@@ -162,14 +164,17 @@ class DispatchedRequest:
                 )
                 self._vanish()
                 return
+            fail = never_requeued(self.task, super().on_failure)  # type: ignore[misc]
         elif not return_ok and self._never_started(error):
             # The pool process could not read it; the leader tells whoever waits for its result.
             self._vanish()
             return
+        else:
+            fail = super().on_failure  # type: ignore[misc]
         try:
-            super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc]
+            fail(exc_info, send_failed_event, return_ok)
         finally:
-            self.affinity_ends.held.ended(self.affinity_stamp)
+            self._ended()
 
     def _never_started(self, error: Exception) -> bool:
         if isinstance(error, (Terminated, TimeLimitExceeded)):
@@ -181,9 +186,11 @@ class DispatchedRequest:
         """A time limit is over; past the hard one the process is killed."""
         if not soft:
             self.affinity_ends.finish(self.affinity_stamp, "failed")
+            if self.affinity_in_process:
+                self.affinity_ends.process_lost(self.affinity_stamp)
         super().on_timeout(soft, timeout)  # type: ignore[misc]
         if not soft:
-            self.affinity_ends.held.ended(self.affinity_stamp)
+            self._ended()
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         if getattr(self, "time_start", None):
@@ -191,7 +198,7 @@ class DispatchedRequest:
         else:
             self.affinity_ends.discard(self.affinity_stamp, "settle", reason)
         super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
-        self.affinity_ends.held.ended(self.affinity_stamp)
+        self._ended()
 
     def _announce_cancelled(self, emit_retry: bool = True) -> None:
         # A cold stop: the process is killed and the node's leave gives the task back.
@@ -200,11 +207,38 @@ class DispatchedRequest:
 
     def _vanish(self) -> None:
         worker_state.task_ready(self)
+        self._ended()
+
+    def _ended(self) -> None:
+        """It has ended here. Celery has forgotten its id then, which another one may have, too: a
+        copy, a retry, a repeat. That one must be found when it is to be terminated.
+        """
         self.affinity_ends.held.ended(self.affinity_stamp)
         task_id = self.id
         original = self.affinity_ends.held.other_request(task_id, self)
         if original is not None:
             worker_state.requests[task_id] = original
+
+
+def never_requeued(task: Any, fail: Callable[..., Any]) -> Callable[..., Any]:
+    """Have Celery take the loss of a process as final: the ledger has seen to the repeats.
+
+    With `acks_late` and `reject_on_worker_lost` it would store no failure, as the broker would send
+    the message again; with `retry_on_worker_lost` it would send it again itself.
+    """
+
+    def failing(*args: Any, **options: Any) -> Any:
+        names = ("acks_late", "retry_on_worker_lost")
+        kept = {name: getattr(task, name, None) for name in names}
+        try:
+            for name in names:
+                setattr(task, name, False)
+            return fail(*args, **options)
+        finally:
+            for name, value in kept.items():
+                setattr(task, name, value)
+
+    return failing
 
 
 def strategy_for(
@@ -225,7 +259,9 @@ def strategy_for(
         app=app,
     )
     request_class = type(
-        "DispatchedRequest", (DispatchedRequest, stock_class), {"affinity_ends": ends}
+        "DispatchedRequest",
+        (DispatchedRequest, stock_class),
+        {"affinity_ends": ends, "affinity_in_process": not consumer.pool.uses_semaphore},
     )
     bucket_of = consumer.task_buckets.__getitem__
 

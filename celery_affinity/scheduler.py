@@ -162,7 +162,7 @@ class Scheduler:
         if promoted == -1:
             return None
         if untold:
-            self._burials.run(fence)
+            self._burials.start(fence)
         if more or promoted == PROMOTE_BATCH:
             return 0.0
         return self._queue.scheduler_interval if due_ms < 0 else due_ms / 1000

@@ -41,6 +41,10 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
+def _lines(queues: Sequence[tuple[str, int, str]]) -> str:
+    return "\n".join(f"{state}\t{limit}\t{listkey}" for state, limit, listkey in queues)
+
+
 class Scripts:
     """Calls of the ledger's scripts for one namespace.
 
@@ -225,6 +229,21 @@ class Scripts:
             if cursor == 0:
                 return True
 
+    # What the elected beat does
+
+    def claim_run(self, state: str, fence: str, name: str, known: str, new: str, how: str) -> int:
+        """1 recorded, 0 the record is another one, -1 not elected; see claim_run.lua."""
+        return int(self._call("claim_run", state, fence, name, known, new, how))
+
+    def confirm_run(self, state: str, name: str, due: int) -> bool:
+        """The claimed run was published; see confirm_run.lua."""
+        return bool(self._call("confirm_run", state, name, due))
+
+    def forget_runs(self, state: str, fence: str, records: Sequence[tuple[str, str]]) -> int:
+        """Drop records; returns how many, -1 if not elected."""
+        pairs = [part for record in records for part in record]
+        return int(self._call("forget_runs", state, fence, *pairs))
+
     # What a node does
 
     def register(
@@ -239,30 +258,58 @@ class Scripts:
         role: str,
         timeout_ms: int,
         busy: Sequence[int] = (),
-    ) -> None:
-        """Announce an incarnation and offer its slots; see register.lua."""
-        lines = "\n".join(f"{state}\t{limit}\t{listkey}" for state, limit, listkey in queues)
+        change: int = 0,
+    ) -> int:
+        """Announce an incarnation and offer its slots; the number of the change in force."""
         answer = self._call(
             "register",
             incarnation,
             name,
             depth,
             slots,
-            lines,
+            _lines(queues),
             "\n".join(junk),
             role,
             timeout_ms,
             "\n".join(str(i) for i in busy),
             SCHEMA_VERSION,
+            change,
         )
         self._check_schema(answer)
+        return int(answer[1])
+
+    def serve(
+        self,
+        incarnation: str,
+        change: int,
+        *,
+        slots: int,
+        queues: Sequence[tuple[str, int, str]],
+        junk: Sequence[str],
+        budget: int = 100,
+    ) -> int | None:
+        """Change the queues and slots of a registered node.
+
+        Returns the entries given back; None if it is not registered, or a later change is in force.
+        """
+        back = 0
+        while True:
+            code, done, more = self._call(
+                "serve", incarnation, change, slots, _lines(queues), "\n".join(junk), budget
+            )
+            if code != 1:
+                return None
+            back += int(done)
+            if not more:
+                return back
 
     def heartbeat(
         self, incarnation: str, beat: str, grace_ms: int, held: Sequence[str]
-    ) -> tuple[bool, int, int]:
-        """Returns (registered, messages sent again, entries taken back)."""
-        answer = self._call("heartbeat", incarnation, beat, grace_ms, *held)
-        return (False, 0, 0) if answer[0] == 0 else (True, int(answer[1]), int(answer[2]))
+    ) -> tuple[bool, int, int, int]:
+        """Returns (registered, messages sent again, entries taken back, last change in force)."""
+        registered, *counts = self._call("heartbeat", incarnation, beat, grace_ms, *held)
+        again, back, change = map(int, counts or (0, 0, 0))
+        return bool(registered), again, back, change
 
     def drain(self, incarnation: str, budget: int = 100) -> int:
         """Take no more, give back what has not started; returns how many entries."""

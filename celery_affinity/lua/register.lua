@@ -4,8 +4,11 @@
 -- ARGV    incarnation, node name, messages out per lease, number of slots,
 --         queues as lines "queue TAB slots it may use TAB worker queue's list",
 --         keys to delete when it is gone (a line each), role, heartbeat timeout in ms,
---         slots that still run something and are offered later (a line each), schema version
--- Returns {-5, version} the ledger has a layout that this version must not touch; {1}. A repeat changes nothing but the heartbeat: an offered slot is free or leased.
+--         slots that still run something and are offered later (a line each), schema version,
+--         number of the change (of queues or slots) that this announcement has in it
+-- Returns {-5, version} the ledger has a layout that this version must not touch;
+--         {1, number of the change that is in force}. A repeat changes nothing but the heartbeat: an
+--         offered slot is free or leased. (A later change is told by serve.)
 -- @include base
 -- @include ring
 -- @include deliver
@@ -16,9 +19,9 @@ local found = other_schema(ARGV[10])
 if found then return {-5, found} end
 local known = redis.call('EXISTS', worker_key(inc, 'info')) == 1
 redis.call('ZADD', P .. 'workers', text(NOW + ARGV[8]), inc)
-if known then return {1} end
+if known then return {1, tonumber(redis.call('HGET', worker_key(inc, 'info'), 'change') or 0)} end
 redis.call('HSET', worker_key(inc, 'info'), 'name', ARGV[2], 'state', 'active', 'depth', ARGV[3],
-  'cap', ARGV[4], 'queues', ARGV[5], 'junk', ARGV[6], 'role', ARGV[7], 'timeout', ARGV[8],
+  'slots', ARGV[4], 'cap', ARGV[4], 'change', ARGV[11], 'queues', ARGV[5], 'junk', ARGV[6], 'role', ARGV[7], 'timeout', ARGV[8],
   'since', text(NOW))
 local held_back = {}
 for i in string.gmatch(ARGV[9], '[^\n]+') do
@@ -30,4 +33,4 @@ for i = 0, tonumber(ARGV[4]) - 1 do
   if not held_back[text(i)] then offer_idle(inc, text(i), w) end
 end
 for _, q in ipairs(w.queues) do match(q, 100) end
-return {1}
+return {1, tonumber(ARGV[11])}

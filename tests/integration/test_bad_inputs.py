@@ -2,7 +2,7 @@
 
 The rows of bad inputs that no other file has: messages (44 to 71 of the list), sent raw to the
 pending queue of real workers. Tags are in test_task.py and test_intake_and_terms.py, settings in
-test_settings.py and test_start_refusals.py.
+test_settings.py and test_start_refusals.py, waits for one's own tag in test_semantics.py.
 """
 
 from __future__ import annotations
@@ -340,17 +340,6 @@ def test_a_retry_in_thirty_years_is_scheduled(
     assert behind.get(timeout=30) == 1
     assert later.state == "RETRY"
     assert producer.affinity.stats("jobs").scheduled == 1
-
-
-def test_waiting_for_a_task_of_ones_own_tag_is_an_error_not_a_deadlock(
-    cluster: Cluster, history_path: Path, producer: Producer
-) -> None:
-    serve(cluster, producer)
-    (waiting,) = producer.send("tag", task="waits_for_its_own_tag")
-    with pytest.raises(RuntimeError, match="Never call result.get"):
-        waiting.get(timeout=30)
-    wait_until(lambda: idle(producer), what="an idle system")
-    assert [run.seq for run in History.load(history_path).runs] == [0, 1]
 
 
 def test_a_chord_whose_members_share_a_tag_comes_to_its_end(

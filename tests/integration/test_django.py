@@ -148,8 +148,8 @@ def test_a_django_project_sends_each_committed_invoice_once_in_order_per_company
 
 def test_a_wrong_call_on_commit_is_refused_at_the_call_and_rolls_back(project: Project) -> None:
     assert project.script(MISTAKES) == [
-        "TagError at the call",
-        "TagError at the call",
+        "MissingTagError at the call",
+        "MissingTagError at the call",
         "UndeclaredQueueError at the call",
         "sent ('acme', 1) invoices eu:acme",
         "sent ('acme', 2) invoices acme",

@@ -58,10 +58,11 @@ def test_a_burial_that_could_not_be_told_is_told_later_and_holds_up_nobody(
     burials = Burials(bench.scripts, "q", backend)
     bury(bench, 1.5, 2.5)
     burials.run(bench.fence)
-    burials.run(bench.fence)
-    assert backend.told == [], "not before its pause is over"
+    burials.start(bench.fence)
+    assert burials._thread is None and backend.told == [], "not before its pause is over"
     monkeypatch.setattr(burials, "_not_before", 0.0)
-    burials.run(bench.fence)
+    burials.start(bench.fence)
+    burials._thread.join()
     assert [task_id for task_id, _ in backend.told] == ["2.5-one", "1.5-one"]
 
 

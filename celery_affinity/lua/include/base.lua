@@ -29,11 +29,16 @@
 --   q:<queue>:done:<t> string  answer to the request with token t, for its repeat; expires
 --   q:<queue>:leader   string  "<candidate> <term>", expires
 --   q:<queue>:wake     list    doorbell of the leader;  vacant: list, doorbell of candidates
+--   q:<queue>:once     zset    keys of messages that are admitted once, until when each is kept (ms)
+--   q:"beat:<app>":... leader, vacant, c as above: the election of the beat that sends the app's
+--                              periodic tasks; runs: hash, entry -> "<due> <schedule>" of its last
+--                              run;  unsent: hash, entry -> due, claimed but not yet published
 --   b:<n>:<queue>:<tag> list   backlog: entries in order, n = length of the queue's name
 --   schema             string  version of this layout
 --   revoked            zset    task id -> how long the note is kept (ms)
 --   workers            zset    incarnation -> when its heartbeat is overdue (ms)
---   w:<inc>:info       hash    name, state, depth, cap, queues, junk, beat
+--   w:<inc>:info       hash    name, state, depth, slots, cap (most slots it ever had), queues, junk,
+--                              change (number of its last change of queues or slots), beat
 --   w:<inc>:idle       set     free slots;  leased: set;  busy: hash, token -> slot of an
 --                              ordinary task ("-": owed);  owed: list of such tokens;
 --                              lacks: set, names of tasks that it turned out not to know
@@ -101,11 +106,11 @@ local WORKERS = {}
 local function worker(inc)
   local w = WORKERS[inc]
   if w == nil then
-    local v = redis.call('HMGET', worker_key(inc, 'info'), 'state', 'depth', 'queues', 'timeout')
+    local v = redis.call('HMGET', worker_key(inc, 'info'), 'state', 'depth', 'queues', 'timeout', 'slots')
     w = false
     if v[1] then
       w = {active = v[1] == 'active', depth = tonumber(v[2]), timeout = tonumber(v[4]),
-        queues = {}, lists = {}, slots = {}}
+        size = tonumber(v[5]), queues = {}, lists = {}, slots = {}}
       for q, slots, list in string.gmatch(v[3], '([^\t\n]+)\t([^\t\n]+)\t([^\n]+)') do
         w.queues[#w.queues + 1] = q
         w.slots[q] = tonumber(slots)
@@ -115,4 +120,9 @@ local function worker(inc)
     WORKERS[inc] = w
   end
   return w
+end
+
+-- Whether the worker lets this slot work for the queue (any more).
+local function serves(w, q, i)
+  return w.slots[q] ~= nil and tonumber(i) < w.slots[q]
 end

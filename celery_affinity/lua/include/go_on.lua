@@ -9,7 +9,7 @@ local function go_on(l, w)
     return 'held'
   end
   local reason = 'drained'
-  if w and w.active then
+  if w and w.active and serves(w, l.q, l.i) then
     reason = redis.call('EXISTS', backlog_key(l.q, l.tag)) == 0 and 'empty'
       or is_halted(l.q, l.tag) and 'halted' or on_hold(l.q, l.tag) and 'retry' or 'batch'
   end

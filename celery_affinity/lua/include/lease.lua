@@ -58,7 +58,8 @@ end
 -- Dispatch entries of the lease's tag until it has its share out: two where the slot is a
 -- process, one else, and one for a tag with several leases. Past its share only while no other tag waits.
 local function pump(l, w)
-  if conf(l.q).stopped or on_hold(l.q, l.tag) or lacks(l.q, l.tag, l.inc) then return 0 end
+  if conf(l.q).stopped or not serves(w, l.q, l.i) then return 0 end
+  if on_hold(l.q, l.tag) or lacks(l.q, l.tag, l.inc) then return 0 end
   local depth = l.cn > 1 and 1 or w.depth
   local sent = 0
   while #l.out < depth do

@@ -6,7 +6,7 @@ local LOOK = 64
 local function offer_idle(inc, i, w)
   redis.call('SADD', worker_key(inc, 'idle'), i)
   for _, q in ipairs(w.queues) do
-    if tonumber(i) < w.slots[q] then
+    if serves(w, q, i) then
       redis.call('ZADD', queue_key(q, 'idle'), text(NOW), inc .. ':' .. i)
     end
   end
@@ -45,8 +45,10 @@ local PATIENCE = nil
 local function awaited_slot(q, tag)
   if conf(q).warm_wait == 0 then return nil end
   local warm = redis.call('HGET', queue_key(q, 'warm'), tag)
-  local w = warm and worker(string.match(warm, '^[^:]+'))
-  if not w or not w.active or not w.slots[q] then return nil end
+  if not warm then return nil end
+  local inc, i = string.match(warm, '^([^:]+):(.+)$')
+  local w = worker(inc)
+  if not w or not w.active or not serves(w, q, i) then return nil end
   local since = tonumber(redis.call('HGET', queue_key(q, 'since'), tag) or 0)
   local left = since + conf(q).warm_wait - NOW
   if left <= 0 then return nil end
@@ -81,7 +83,8 @@ end
 -- Find work for a free slot, in turn over the worker's queues, or mark it as free. A slot that
 -- an ordinary task is owed goes to that one first.
 local function take(inc, i, w)
-  if not w.active or occupied(inc, i) then return end
+  local gone = w.size and tonumber(i) >= w.size
+  if not w.active or gone or occupied(inc, i) then return end
   local owed = redis.call('LPOP', worker_key(inc, 'owed'))
   if owed then
     redis.call('HSET', worker_key(inc, 'busy'), owed, i)
@@ -91,7 +94,7 @@ local function take(inc, i, w)
   if #w.queues > 1 then turn = redis.call('HINCRBY', worker_key(inc, 'info'), 'turn', 1) end
   for step = 1, #w.queues do
     local q = w.queues[(turn + step) % #w.queues + 1]
-    local tag = tonumber(i) < w.slots[q] and next_tag(q, inc, i)
+    local tag = serves(w, q, i) and next_tag(q, inc, i)
     if PATIENCE then ring_bell(q) end
     if tag and open_lease(q, tag, inc, i, w) then return end
   end

@@ -32,7 +32,7 @@ local function read_message(raw)
   if not ok or type(m) ~= 'table' then return nil end
   local h = m.headers
   if type(h) ~= 'table' or type(h.id) ~= 'string' or type(h.task) ~= 'string'
-    or h.affinity_stamp ~= nil or type(m.body) ~= 'string' or type(m.properties) ~= 'table'
+    or h.affinity_stamp ~= nil or h.affinity_once ~= nil or type(m.body) ~= 'string' or type(m.properties) ~= 'table'
     or type(m['content-type']) ~= 'string' then return nil end
   -- What kombu needs of a message to make one of it at all.
   local encoding = m.properties.body_encoding

@@ -7,7 +7,7 @@ import os
 from billiard.process import current_process
 from celery import Task
 
-from acceptance.apps.affinity_app import affinity, app, recorded, work
+from acceptance.apps.affinity_app import affinity, app, recorded
 from celery_affinity import affinity_task
 
 __all__ = ("affinity", "app")
@@ -44,13 +44,6 @@ def much_later(self: Task, tag: str, seq: int, ms: float = 0) -> None:
     """Ask for a retry in thirty years."""
     with recorded(self, tag, seq):
         raise self.retry(countdown=1e9)
-
-
-@affinity_task(queue="jobs", tag_from="tag", bind=True, name="jobs.waits_for_its_own_tag")
-def waits_for_its_own_tag(self: Task, tag: str, seq: int, ms: float = 0) -> int:
-    """Wait for a task that cannot start before this one has ended."""
-    with recorded(self, tag, seq):
-        return int(work.delay(tag, seq + 1).get(timeout=60))
 
 
 @affinity_task(queue="jobs", tag_from="tag", bind=True, name="jobs.repairable")
