@@ -26,6 +26,7 @@ from celery_affinity.keys import Keys
 from celery_affinity.ledger import Ledger
 from celery_affinity.message import decoded_body
 from celery_affinity.node import Node
+from celery_affinity.operations import DeadLetterCalls
 from celery_affinity.options import add_role_option
 from celery_affinity.remote_control import refuse_in_replies, steer
 from celery_affinity.revoking import note_revokes
@@ -35,7 +36,6 @@ from celery_affinity.settings import AffinityQueue, AffinitySettings, resolve
 from celery_affinity.task import TagFrom, declare, derive_tag, pending_queue
 from celery_affinity.topology import RedisNames
 from celery_affinity.types import (
-    DeadLetter,
     EvacuationRecord,
     LeaderRecord,
     QueueStats,
@@ -48,7 +48,7 @@ __all__ = ("Affinity",)
 logger = logging.getLogger(__name__)
 
 
-class Affinity:
+class Affinity(DeadLetterCalls):
     """Sticky affinity routing for a Celery app.
 
     Does no I/O and reads no setting before the app is configured and one of them is needed.
@@ -183,10 +183,6 @@ class Affinity:
     def leader(self, queue: str) -> LeaderRecord | None:
         """Who schedules the queue now; None if nobody does."""
         return self._ledger.leader(self._declared(queue))
-
-    def dead_letters(self, queue: str, limit: int = 100) -> list[DeadLetter]:
-        """Messages that were buried, with the reason."""
-        return list(self._ledger.dead_letters(self._declared(queue), limit))
 
     # Going back
 

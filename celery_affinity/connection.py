@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from redis import Redis
 from redis.backoff import ExponentialBackoff
-from redis.exceptions import ResponseError
+from redis.exceptions import NoPermissionError, ResponseError
 from redis.retry import Retry
 
 from celery_affinity.exceptions import ConfigurationError
@@ -59,9 +59,15 @@ def check_server(client: Redis, logger: logging.Logger) -> None:
     """Refuse a Redis that cannot keep the promises, warn of one that weakens them.
 
     Raises:
-        ConfigurationError: If it is too old, or may evict the ledger's keys.
+        ConfigurationError: If it is too old, may evict the ledger's keys, or does not tell.
     """
-    info = client.info()
+    try:
+        info = client.info()
+    except NoPermissionError as error:
+        raise ConfigurationError(
+            f"the ledger's Redis does not tell what it is ({error}); besides what Celery "
+            "needs, its user needs INFO: ACL SETUSER <user> +info"
+        ) from None
     url = str(client.connection_pool.connection_kwargs)
     found = str(info["redis_version"])
     numbers = tuple(int(part) for part in found.split(".")[:2])

@@ -34,6 +34,7 @@ from typing import Any
 from uuid import uuid4
 
 from celery.exceptions import Reject, SoftTimeLimitExceeded
+from celery.states import FAILURE
 from redis.exceptions import RedisError
 
 from celery_affinity import context
@@ -50,6 +51,9 @@ logger = logging.getLogger(__name__)
 
 #: What the tracer "returns" for a refused copy; the parent then drops the request without a word.
 REFUSED = "celery_affinity: refused copy"
+
+#: The end of a failed task's traceback that its dead letter keeps.
+TRACEBACK_CHARACTERS = 8000
 
 Tracer = Callable[..., Any]
 
@@ -190,6 +194,7 @@ class Gate:
         )
         running = _run.set(run)
         outcome = "done"
+        failure: tuple[bytes, ...] = ()
         self._began[run.token] = seconds()
         try:
             stored = self._succeeded(uuid, request) if stamp.attempt > 1 else None
@@ -203,6 +208,8 @@ class Gate:
             answer = tracer(uuid, args, kwargs, request)
             if _asks_for_requeue(getattr(answer, "retval", None)):
                 outcome = "again"
+            elif failure := _failure_of(answer):
+                outcome = "failed"
             return answer
         except BaseException as error:
             if _asks_for_requeue(error):
@@ -215,7 +222,7 @@ class Gate:
             del self._began[run.token]
             _run.reset(running)
             if outcome:
-                self._settle(run, queue, tag, outcome)
+                self._settle(run, queue, tag, outcome, failure)
             context.leave(here)
 
     def _start(self, stamp: Stamp, token: str) -> int:
@@ -242,7 +249,9 @@ class Gate:
         if self._in_process:
             self._release(stamp.slot, "lost")
 
-    def _settle(self, run: Run, queue: str, tag: str, outcome: str) -> None:
+    def _settle(
+        self, run: Run, queue: str, tag: str, outcome: str, failure: tuple[bytes, ...]
+    ) -> None:
         stamp = run.stamp
         retries = [
             part
@@ -257,6 +266,7 @@ class Gate:
                 stamp.epoch,
                 run.token,
                 outcome,
+                *failure,
                 *retries,
             )
         )
@@ -323,6 +333,22 @@ def _asks_for_requeue(result: Any) -> bool:
     error = getattr(result, "exception", result)
     error = getattr(error, "exc", error)
     return isinstance(error, Reject) and bool(getattr(error, "requeue", False))
+
+
+def _failure_of(answer: Any) -> tuple[bytes, ...]:
+    """Reason and traceback, if the tracer says that the task has failed for good."""
+    info = getattr(answer, "info", None)
+    if info is None or getattr(info, "state", None) != FAILURE:
+        return ()
+    try:
+        reason = f"{type(info.retval).__name__}: {info.retval}"
+    except Exception:  # an error that cannot even be printed
+        reason = type(info.retval).__name__
+    traceback = str(getattr(answer.retval, "traceback", "") or "")
+    return (
+        reason[:1000].encode("utf-8", "replace"),
+        traceback[-TRACEBACK_CHARACTERS:].encode("utf-8", "replace"),
+    )
 
 
 def _started_at() -> str:

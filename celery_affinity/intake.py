@@ -22,12 +22,14 @@ from typing import Any
 
 from celery_affinity.exceptions import MissingTagError
 from celery_affinity.message import (
+    MAX_MESSAGE_BYTES,
     ONCE_HEADER,
     STAMP_HEADER,
     TAG_HEADER,
     Stamp,
     due_ms,
     normalised,
+    raw_body,
     spread_tag,
     tag_text,
 )
@@ -73,17 +75,22 @@ class Intake:
         admitted, more, stop, raw = self._scripts.admit(self._state, fence, self._lists, self.BATCH)
         if not stop:
             return admitted, more
-        verdict = self._judge(raw)
+        verdict = self.judge(raw)
         answer = self._scripts.resolve(self._state, fence, self._lists[stop - 1], raw, verdict)
         return (-1, False) if answer == -1 else (admitted + answer, True)
 
-    def _judge(self, raw: bytes) -> tuple[object, ...]:
+    def judge(self, raw: bytes) -> tuple[object, ...]:
         """What is to be done with a message."""
         tag = ""
         try:
+            if len(raw) > MAX_MESSAGE_BYTES:
+                raise ValueError(
+                    f"the message has {len(raw)} bytes, expected at most {MAX_MESSAGE_BYTES}: "
+                    "send a reference to the data instead"
+                )
             message = json.loads(raw)
             _check_usable(message)
-            if Stamp.parse(message["headers"].get(STAMP_HEADER)):
+            if self._is_stray(Stamp.parse(message["headers"].get(STAMP_HEADER))):
                 return ("drop",)
             tag = self._tag(message)
             eta = due_ms(message["headers"].get("eta"))
@@ -93,6 +100,14 @@ class Intake:
             return ("bury", reason.encode("utf-8", "replace"), tag)
         once = str(message["headers"].get(ONCE_HEADER) or "")[:200]
         return ("admit", kept, tag, "" if eta is None else eta, once)
+
+    def _is_stray(self, stamp: Stamp | None) -> bool:
+        """Whether the ledger gave this stamp: then it has the entry, or had it."""
+        return (
+            stamp is not None
+            and stamp.state == self._state
+            and int(stamp.entry) <= self._scripts.last_entry(self._state)
+        )
 
     def _tag(self, message: Mapping[str, Any]) -> str:
         for place in (message["headers"], message["properties"]):
@@ -122,6 +137,8 @@ def _check_usable(message: Any) -> None:
             )
     if not isinstance(message.get("body"), str):
         raise ValueError(f"body is {message.get('body')!r:.80}, expected text")
+    if headers.get("compression") or properties.get("body_encoding") != "base64":
+        raw_body(message)
 
 
 def no_tag(message: Mapping[str, Any]) -> object:

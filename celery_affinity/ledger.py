@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from redis import Redis
@@ -58,11 +59,12 @@ class Ledger:
             pipe.zcard(key(state, "eta"))
             pipe.zcard(key(state, "ring"))
             pipe.hlen(key(state, "held"))
+            pipe.hlen(key(state, "halted"))
             pipe.zcard(key(state, "idle"))
             pipe.hexists(key(state, "conf"), "evac")
             pipe.hlen(key(state, "dead"))
             pipe.hgetall(key(state, "c"))
-            *lengths, entries, eta, ring, held, idle, evacuated, dead, totals = pipe.execute()
+            *lengths, entries, eta, ring, held, halted, idle, evac, dead, totals = pipe.execute()
         total = {_text(name): _number(value) for name, value in totals.items()}
         return QueueStats(
             queue.name,
@@ -71,9 +73,10 @@ class Ledger:
             eta,
             ring,
             held,
+            halted,
             idle,
             dead,
-            bool(evacuated),
+            bool(evac),
             *(total.get(n, 0) for n in TOTALS),
         )
 
@@ -141,7 +144,9 @@ class Ledger:
         )
 
     def tags(self, queue: AffinityQueue, limit: int) -> list[TagRecord]:
-        """Tags that hold slots, then those that wait, in the ring's order; at most `limit`."""
+        """Tags that hold slots, then those that wait, in the ring's order, then those that are
+        halted; at most `limit`.
+        """
         held_key, ring_key = (
             self._keys.queue(queue.state, "held"),
             self._keys.queue(queue.state, "ring"),
@@ -153,13 +158,19 @@ class Ledger:
                 break
         ring = self._client.zrange(ring_key, 0, max(0, limit - 1))
         places = {tag: place for place, tag in enumerate(ring, 1)}
-        order = list(dict.fromkeys([*slots, *ring]))[:limit]
+        halted: dict[bytes, tuple[str, ...]] = {}
+        halted_key = self._keys.queue(queue.state, "halted")
+        for tag, text in self._client.hscan_iter(halted_key, count=PAGE):
+            halted[tag] = tuple(_text(text).split())
+            if len(halted) >= limit:
+                break
+        order = list(dict.fromkeys([*slots, *ring, *halted]))[:limit]
         with self._client.pipeline(transaction=False) as pipe:
             for tag in order:
                 pipe.llen(self._keys.backlog(queue.state, _text(tag)))
             waiting = pipe.execute()
         return [
-            TagRecord(_text(tag), n, slots.get(tag, ()), places.get(tag))
+            TagRecord(_text(tag), n, slots.get(tag, ()), places.get(tag), halted.get(tag, ()))
             for tag, n in zip(order, waiting, strict=True)
         ]
 
@@ -175,17 +186,45 @@ class Ledger:
         candidate, term = _text(value).rsplit(" ", 1)
         return LeaderRecord(queue.name, candidate, int(term), max(0, left) / 1000)
 
-    def dead_letters(self, queue: AffinityQueue, limit: int) -> Iterator[DeadLetter]:
-        """What was buried, in no particular order, at most `limit`."""
-        found = self._client.hscan_iter(self._keys.queue(queue.state, "dead"), count=PAGE)
-        for _, (entry, meta) in zip(range(limit), found, strict=False):
-            about = json.loads(_text(meta))
-            message = self._client.hget(self._keys.queue(queue.state, "deadm"), _text(entry))
-            yield DeadLetter(
-                int(entry),
+    def dead_entries(self, queue: AffinityQueue, tag: str | None) -> Iterator[int]:
+        """The entries that are buried now, oldest first, of one tag or of all."""
+        for entry, _ in self._buried(queue, 0, tag):
+            yield entry
+
+    def dead_letters(
+        self, queue: AffinityQueue, limit: int, after: int, tag: str | None
+    ) -> list[DeadLetter]:
+        """What was buried, by entry, from the one behind `after` on; at most `limit`."""
+        found = list(islice(self._buried(queue, after, tag), max(0, limit)))
+        if not found:
+            return []
+        messages = self._client.hmget(
+            self._keys.queue(queue.state, "deadm"), [entry for entry, _ in found]
+        )
+        return [
+            DeadLetter(
+                entry,
                 str(about["tag"]),
                 str(about["reason"]),
                 int(about["attempts"]),
                 float(about["at"]) / 1000,
                 message or b"",
+                str(about.get("traceback") or ""),
             )
+            for (entry, about), message in zip(found, messages, strict=True)
+        ]
+
+    def _buried(
+        self, queue: AffinityQueue, after: int, tag: str | None
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Entries with what is noted of them, a page at a time."""
+        index = self._keys.queue(queue.state, "deadz")
+        while page := self._client.zrangebyscore(index, f"({after}", "+inf", start=0, num=PAGE):
+            about = self._client.hmget(self._keys.queue(queue.state, "dead"), page)
+            for entry, meta in zip(page, about, strict=True):
+                if meta is None:
+                    continue  # taken out meanwhile
+                note = json.loads(_text(meta))
+                if tag is None or note["tag"] == tag:
+                    yield int(entry), note
+            after = int(page[-1])

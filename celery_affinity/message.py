@@ -6,9 +6,12 @@ transports: a JSON object with body, content-type, content-encoding, headers, pr
 
 from __future__ import annotations
 
+import bz2
 import json
+import lzma
+import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -20,6 +23,8 @@ from kombu.serialization import dumps, loads, prepare_accept_content
 from celery_affinity.exceptions import TagError
 
 __all__ = (
+    "MAX_BODY_BYTES",
+    "MAX_MESSAGE_BYTES",
     "DUE_HEADER",
     "MAX_TAG_BYTES",
     "ONCE_HEADER",
@@ -31,6 +36,7 @@ __all__ = (
     "due_ms",
     "envelope",
     "normalised",
+    "raw_body",
     "spread_tag",
     "tag_text",
 )
@@ -47,6 +53,10 @@ ONCE_HEADER = "affinity_once"
 DUE_HEADER = "affinity_due"
 #: Longest tag, in bytes of UTF-8.
 MAX_TAG_BYTES = 512
+#: Largest message that is admitted, as it is in the queue (lua/include/read_message.lua).
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+#: Largest body that a compressed one may become.
+MAX_BODY_BYTES = 64 * 1024 * 1024
 
 
 def tag_text(value: object) -> str:
@@ -112,6 +122,8 @@ class Stamp:
         if len(parts) != 8:
             return None
         entry, epoch, send, incarnation, slot, place, attempt, state = parts
+        if not (entry.isdecimal() and epoch.isdecimal()):
+            return None
         try:
             return cls(entry, epoch, send, incarnation, int(slot), int(place), int(attempt), state)
         except ValueError:
@@ -164,12 +176,15 @@ def envelope(
 
 
 def normalised(message: Mapping[str, Any], tag: str) -> str:
-    """The same message in the shape that the ledger can stamp: headers first, tag in them."""
+    """The same message in the shape that the ledger can stamp: headers first, tag in them; and
+    with the delivery tag without which kombu does not make a message of it.
+    """
     # What is evacuated comes back: without the header it is not taken for a repeat.
     own = (STAMP_HEADER, ONCE_HEADER)
     headers = {key: value for key, value in message["headers"].items() if key not in own}
     headers[TAG_HEADER] = tag
     rest = {key: value for key, value in message.items() if key != "headers"}
+    rest["properties"] = {"delivery_tag": str(uuid4()), **rest["properties"]}
     return json.dumps({"headers": headers, **rest})
 
 
@@ -187,6 +202,50 @@ def due_ms(eta: object) -> int | None:
     return int(moment.timestamp() * 1000)
 
 
+def raw_body(message: Mapping[str, Any]) -> str | bytes:
+    """The serialized body of a task message.
+
+    Raises:
+        ValueError: If it is not base64 or not compressed as it says, or larger than 64 MiB.
+    """
+    raw: str | bytes = message["body"]
+    encoding = message["properties"].get("body_encoding")
+    if encoding == "base64":
+        raw = b64decode(raw)
+    elif encoding is not None and str(encoding).lower() != "utf-8":
+        raise ValueError(f"body_encoding is {encoding!r:.80}, expected 'base64'")
+    if compression := message["headers"].get("compression"):
+        raw = _decompressed(raw.encode() if isinstance(raw, str) else raw, compression)
+    return raw
+
+
+#: Decompressors that can be told where to stop, by kombu's names for them.
+_BOUNDED: dict[str, Callable[[], Any]] = {
+    **dict.fromkeys(("application/x-gzip", "gzip", "zlib"), zlib.decompressobj),
+    **dict.fromkeys(("application/x-bz2", "bzip2", "bzip"), bz2.BZ2Decompressor),
+    **dict.fromkeys(("application/x-lzma", "lzma", "xz"), lzma.LZMADecompressor),
+}
+
+
+def _decompressed(raw: bytes, compression: Any) -> bytes:
+    make = _BOUNDED.get(compression) if isinstance(compression, str) else None
+    try:
+        if make is None:
+            found: bytes = decompress(raw, compression)
+        else:
+            found = make().decompress(raw, MAX_BODY_BYTES + 1)
+    except Exception as error:
+        raise ValueError(
+            f"body cannot be decompressed ({compression!r:.80}): {type(error).__name__}: {error}"
+        ) from None
+    if len(found) > MAX_BODY_BYTES:
+        raise ValueError(
+            f"body has more than {MAX_BODY_BYTES} bytes when it is decompressed: "
+            "send a reference to the data instead"
+        )
+    return found
+
+
 def decoded_body(message: Mapping[str, Any], accept: Any) -> tuple[Any, Any, Any]:
     """Arguments, keyword arguments and embedded signatures of a task message.
 
@@ -197,11 +256,7 @@ def decoded_body(message: Mapping[str, Any], accept: Any) -> tuple[Any, Any, Any
         kombu.exceptions.ContentDisallowed: If it has another content type.
         ValueError: If the body is not that of a task.
     """
-    raw = message["body"]
-    if message["properties"].get("body_encoding") == "base64":
-        raw = b64decode(raw)
-    if message["headers"].get("compression"):
-        raw = decompress(raw, message["headers"]["compression"])
+    raw = raw_body(message)
     body = loads(
         raw,
         message["content-type"],

@@ -23,6 +23,7 @@ from celery_affinity.request import requeue_unknown_tasks, strategy_for
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.topology import worker_queue, worker_queue_name
+from celery_affinity.unreadable import survive_unreadable
 from celery_affinity.vacancy import Vacancy
 from celery_affinity.waiting import refuse_waits_for_own_tag
 from celery_affinity.watchdog import Lifeline, Watchdog
@@ -193,6 +194,7 @@ class Node:
         most = (lambda: self.slots) if getattr(self._worker, "autoscaler", None) else None
         slot_pool.follow_size(consumer.pool, most, self.reporter.changed)
         requeue_unknown_tasks(consumer, self.reporter)
+        survive_unreadable(consumer, self.reporter)
         if not self._started:
             scripts = self._scripts()
             check_server(scripts.client, logger)

@@ -140,19 +140,24 @@ class Reporter:
     # Called for single messages, in the worker's main thread (LedgerEnds)
 
     def discard(self, stamp: Stamp, verdict: str, reason: str = "") -> bool:
-        """A dispatched message ended here without being started. False if it was requeued."""
+        """A dispatched message ended here without being started.
+
+        False if it was requeued (unknown), or had been started before (bury).
+        """
         answer = self._tell(
             lambda: self._scripts.discard(
                 stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.send, verdict, reason
             )
         )
         # Untold, or no longer this node's: the ledger has it still, and it comes again somewhere.
-        return answer == 1 if verdict == "unknown" else True
+        return bool(answer == 1 if verdict == "unknown" else answer != 0)
 
-    def finish(self, stamp: Stamp) -> None:
+    def finish(self, stamp: Stamp, outcome: str = "") -> None:
         """A running task was ended; its process is being stopped."""
         self._tell(
-            lambda: self._scripts.finish(stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch)
+            lambda: self._scripts.finish(
+                stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, outcome
+            )
         )
 
     def process_lost(self, stamp: Stamp) -> str:

@@ -12,9 +12,10 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from billiard.exceptions import WorkerLostError
+from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery import signals
 from celery.app import trace as celery_trace
+from celery.exceptions import InvalidTaskError
 from celery.utils.imports import symbol_by_name
 from celery.worker import state as worker_state
 from celery.worker.request import create_request_cls
@@ -34,10 +35,12 @@ class LedgerEnds(Protocol):
     held: Held
 
     def discard(self, stamp: Stamp, verdict: str, reason: str = "") -> bool:
-        """It ended without being started. False if it was requeued, for another worker."""
+        """It ended without being started. False if it was requeued, for another worker
+        ("unknown"), or had been started before ("bury").
+        """
 
-    def finish(self, stamp: Stamp) -> None:
-        """It was ended while it ran; its process is being stopped."""
+    def finish(self, stamp: Stamp, outcome: str = "") -> None:
+        """It was ended while it ran; its process is being stopped. Outcome: "failed" or ""."""
 
     def process_lost(self, stamp: Stamp) -> str:
         """Its process is gone: settled, requeued or buried."""
@@ -57,6 +60,7 @@ class DispatchedRequest:
     name: str
     task: Any
     _eventer: Any
+    _payload: Any
     argsrepr: str
     kwargsrepr: str
     root_id: str | None
@@ -70,10 +74,21 @@ class DispatchedRequest:
         self.affinity_stamp = stamp
         quiet = {**options, "on_ack": _noop, "on_reject": _noop}
         super().__init__(message, **quiet)  # type: ignore[call-arg]
+        self._check_payload()
         self._eta = None  # it was due when it was dispatched
         held = self.affinity_ends.held
         self.announced = held.was_refused(stamp)
         held.arrived(stamp, self)
+
+    def _check_payload(self) -> None:
+        """Refuse what would raise in the pool process before its gate, where nobody catches it."""
+        args, kwargs, embed = self._payload
+        if not isinstance(args, (list, tuple)):
+            raise InvalidTaskError(f"args are {args!r:.80}, expected a list")
+        if not isinstance(kwargs, dict):
+            raise InvalidTaskError(f"kwargs are {kwargs!r:.80}, expected an object: not a mapping")
+        if not isinstance(embed, (dict, type(None))):
+            raise InvalidTaskError(f"embed is {embed!r:.80}, expected an object")
 
     @property
     def first_copy(self) -> bool:
@@ -154,6 +169,10 @@ class DispatchedRequest:
                 self._vanish()
                 return
             fail = never_requeued(self.task, super().on_failure)  # type: ignore[misc]
+        elif not return_ok and self._never_started(error):
+            # The pool process could not read it; the leader tells whoever waits for its result.
+            self._vanish()
+            return
         else:
             fail = super().on_failure  # type: ignore[misc]
         try:
@@ -161,10 +180,16 @@ class DispatchedRequest:
         finally:
             self._ended()
 
+    def _never_started(self, error: Exception) -> bool:
+        if isinstance(error, (Terminated, TimeLimitExceeded)):
+            return False
+        reason = f"{type(error).__name__}: {error}"[:1000]
+        return self.affinity_ends.discard(self.affinity_stamp, "bury", reason)
+
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """A time limit is over; past the hard one the process is killed."""
         if not soft:
-            self.affinity_ends.finish(self.affinity_stamp)
+            self.affinity_ends.finish(self.affinity_stamp, "failed")
             if self.affinity_in_process:
                 self.affinity_ends.process_lost(self.affinity_stamp)
         super().on_timeout(soft, timeout)  # type: ignore[misc]

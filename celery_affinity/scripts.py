@@ -169,6 +169,35 @@ class Scripts:
         postponed = "" if failed is None else failed
         return int(self._call("told", state, fence, postponed, *entries))
 
+    def requeue(
+        self, state: str, token: str, entries: Sequence[int], kept: Sequence[object] = ("", "", "")
+    ) -> tuple[int, list[int]]:
+        """Requeue dead letters; see requeue.lua. Returns (how many, entries to be judged).
+
+        Arguments:
+            kept: For a single entry: the message to admit in its place, its tag, its due time.
+        """
+        done, *unread = self._call("requeue", state, token, *kept, *entries)
+        return int(done), [int(entry) for entry in unread]
+
+    def purge(self, state: str, token: str, entries: Sequence[int]) -> int:
+        """Delete dead letters whose callers know; returns how many."""
+        return int(self._call("purge", state, token, *entries)[0])
+
+    def resume_tag(self, state: str, tag: str) -> bool:
+        """Let a halted tag go on; False if it was not halted (any more)."""
+        return bool(self._call("resume_tag", state, tag))
+
+    def buried_message(self, state: str, entry: int) -> bytes | None:
+        """A dead letter's message, or None. Reads only."""
+        found: Any = self.client.hget(self.keys.queue(state, "deadm"), str(entry))
+        return found if found is None else bytes(found)
+
+    def last_entry(self, state: str) -> int:
+        """The highest entry that was ever admitted. Reads only."""
+        found: Any = self.client.hget(self.keys.queue(state, "c"), "seq")
+        return int(found or 0)
+
     def revoke(self, states: Sequence[str], ids: Sequence[str]) -> int:
         """Note tasks that must not run; see revoke.lua."""
         return int(self._call("revoke", len(states), *states, *ids))
@@ -336,9 +365,11 @@ class Scripts:
         """What becomes of a task whose process is gone: settled, requeued or buried."""
         return _text(self._call("lost", incarnation, slot, entry, epoch, state))
 
-    def finish(self, incarnation: str, slot: int, entry: str, epoch: str) -> bool:
+    def finish(
+        self, incarnation: str, slot: int, entry: str, epoch: str, outcome: str = ""
+    ) -> bool:
         """Note that the parent ended a running task, whose process still has to stop."""
-        return bool(self._call("finish", incarnation, slot, entry, epoch))
+        return bool(self._call("finish", incarnation, slot, entry, epoch, outcome))
 
     def process_up(self, incarnation: str, slot: int) -> bool:
         """A slot has a new process."""

@@ -88,6 +88,11 @@ class AffinityQueue(BaseModel):
     #: What becomes of a task that had started when its process was lost: it runs again, or, if it
     #: must not, goes to the dead letters and its result is FAILURE.
     on_lost: Literal["requeue", "bury"] = "requeue"
+    #: What follows when a task has failed for good. "skip": the tag goes on. "block": the task goes
+    #: to the dead letters and its tag waits until it is requeued (it then runs first) or purged.
+    #: "park": the same, but the tag waits until `Affinity.resume_tag`, whatever becomes of the
+    #: task.
+    on_failure: Literal["skip", "block", "park"] = "skip"
     #: Starts after which a task whose process was lost each time is buried.
     max_deliveries: Count = 3
     #: Whether a retry keeps its place at the head of its tag, whose other tasks wait for it. A
@@ -154,6 +159,7 @@ class AffinityQueue(BaseModel):
             "max_batch_size": self.max_batch_size,
             "batch_ms": int((self.max_batch_seconds or 0) * 1000),
             "tag_concurrency": self.default_concurrency,
+            "failure": ("skip", "block", "park").index(self.on_failure),
             "bury_lost": int(self.on_lost == "bury"),
             "max_deliveries": self.max_deliveries,
             "ordered": int(self._ordered_seconds * 1000),

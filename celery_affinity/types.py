@@ -73,6 +73,8 @@ class QueueStats:
     ready_tags: int
     #: Tags that hold at least one slot.
     held_tags: int
+    #: Tags that wait for an operator after a failure (on_failure).
+    halted_tags: int
     #: Free slots of workers that serve this queue.
     idle_slots: int
     #: Dead letters.
@@ -112,6 +114,9 @@ class TagRecord:
     slots: tuple[str, ...]
     #: Place in the ready ring from 1, or None.
     place: int | None
+    #: What failed so that the tag waits for an operator (on_failure), as "block:<entry>" or
+    #: "park:<entry>"; empty for a tag that does not.
+    halted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,9 +141,11 @@ class DeadLetter:
     tag: str
     #: Why it was buried.
     reason: str
-    #: Starts that did not settle.
+    #: Starts that came to no good end.
     attempts: int
     #: When it was buried, in seconds since the epoch by Redis' clock.
     buried_at: float
     #: The message as the producer sent it.
     message: bytes
+    #: Traceback of the task's error, or "" if it was not an error of the task.
+    traceback: str = ""

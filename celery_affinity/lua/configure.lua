@@ -16,6 +16,9 @@ end
 if redis.call('EXISTS', queue_key(q, 'needs')) == 0 then
   redis.call('HDEL', queue_key(q, 'conf'), 'lacking')
 end
+if redis.call('EXISTS', queue_key(q, 'halted')) == 0 then
+  redis.call('HDEL', queue_key(q, 'conf'), 'halts')
+end
 if redis.call('HGET', queue_key(q, 'conf'), 'warm_wait') == '0' then
   redis.call('DEL', queue_key(q, 'since'))
 end

@@ -29,6 +29,7 @@ for k = 2, #ARGV do
     if redis.call('EXISTS', backlog) == 0 then
       redis.call('ZREM', queue_key(q, 'ring'), tag)
       redis.call('ZREM', queue_key(q, 'hold'), tag)
+      redis.call('HDEL', queue_key(q, 'halted'), tag)
       redis.call('HDEL', queue_key(q, 'since'), tag)
     end
     redis.call('LPUSH', stage, raw)

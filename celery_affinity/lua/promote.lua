@@ -42,7 +42,7 @@ end
 local soonest = match(q, 100, true)
 for _, key in ipairs(waits) do
   local following = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
-  if following[2] then
+  if following[2] and following[2] ~= 'inf' then  -- a halted tag waits for an operator
     local left = math.max(0, tonumber(following[2]) - NOW)
     soonest = math.min(soonest or left, left)
   end

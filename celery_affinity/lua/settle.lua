@@ -3,8 +3,11 @@
 -- KEYS[1] namespace prefix
 -- ARGV    incarnation, slot, entry, epoch, start token,
 --         outcome: 'done' | 'again' (the same message to the end of its tag) | 'bury' (ARGV[7]:
---         reason), then for each retry: its message, due time in ms or ''
--- Returns 'held' the lease goes on; 'empty' | 'batch' | 'drained' | 'retry' why it was released;
+--         reason) | 'failed' (ARGV[7], ARGV[8]: reason, traceback; on_failure says what that means;
+--         whoever waits for its result knows), then for each retry: its message, due time in ms
+--         or ''
+-- Returns 'held' the lease goes on; 'empty' | 'batch' | 'drained' | 'retry' | 'halted' why it was
+--         released;
 --         'stale' the entry is not this caller's any more, nothing was changed.
 -- A repeat with the same token gets the same answer.
 -- @include base
@@ -23,6 +26,7 @@ if not leased or l.epoch ~= epoch or not first or first.entry ~= entry or first.
   return 'stale'
 end
 local q, tag = l.q, l.tag
+local failed = outcome == 'failed' and conf(q).failure > 0
 if outcome == 'bury' then
   bury(q, entry, tag, ARGV[7])
 else
@@ -31,7 +35,7 @@ else
     if raw then admit_entry(q, raw, tag) end
   end
   local kept = false
-  for k = 7, #ARGV, 2 do
+  for k = outcome == 'failed' and 9 or 7, #ARGV, 2 do
     local eta = tonumber(ARGV[k + 1])
     if k == 7 and keep_place(l, entry, ARGV[k], eta) then
       kept = true
@@ -40,7 +44,11 @@ else
     end
     if eta then ring_bell(q) end
   end
-  if not kept then forget_entry(q, entry) end
+  if failed then
+    bury(q, entry, tag, ARGV[7], nil, true, ARGV[8])
+  elseif not kept then
+    forget_entry(q, entry)
+  end
   count(q, 'settled')
 end
 drop_first(l)

@@ -132,6 +132,17 @@ def test_a_redis_that_may_evict_keys_is_refused(server: Server, tmp_path: Path) 
     assert "maxmemory-policy noeviction" in done.stdout + done.stderr
 
 
+def test_a_redis_user_that_may_not_do_what_the_ledger_needs_is_refused(
+    server: Server, tmp_path: Path
+) -> None:
+    user = ("low", "on", ">pw", "~*", "&*", "+@all", "-info")
+    server.client().execute_command("ACL", "SETUSER", *user)
+    body = "affinity = Affinity(app, queues=[AffinityQueue('jobs')])"
+    done = start(tmp_path, server.url().replace("//", "//low:pw@"), body, *WORKER)
+    assert done.returncode != 0
+    assert "ACL SETUSER <user> +info" in done.stdout + done.stderr
+
+
 def test_a_redis_without_aof_is_warned_of(
     server: Server, aof_server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,6 +3,7 @@
 local function go_on(l, w)
   l.miss = 0
   if w and w.active then pump(l, w) end
+  if #l.out > 0 and is_halted(l.q, l.tag) then take_back(l, false) end
   if #l.out > 0 then
     save_lease(l)
     return 'held'
@@ -10,7 +11,7 @@ local function go_on(l, w)
   local reason = 'drained'
   if w and w.active and serves(w, l.q, l.i) then
     reason = redis.call('EXISTS', backlog_key(l.q, l.tag)) == 0 and 'empty'
-      or on_hold(l.q, l.tag) and 'retry' or 'batch'
+      or is_halted(l.q, l.tag) and 'halted' or on_hold(l.q, l.tag) and 'retry' or 'batch'
   end
   release(l)
   if w then take(l.inc, l.i, w) end

@@ -146,7 +146,10 @@ local function take_back(l, started, told)
     else
       local starts = o.token and redis.call('HINCRBY', queue_key(l.q, 'att'), o.entry, 1) or 0
       if not o.token and l.cn > 1 then redis.call('SREM', queue_key(l.q, 'unst'), l.tag) end
-      if l.fin == o.entry then
+      if l.fin == o.entry .. ' failed' and conf(l.q).failure > 0 then
+        bury(l.q, o.entry, l.tag, 'it ran into its time limit (on_failure)', nil, true)
+        count(l.q, 'settled')
+      elseif l.fin and string.match(l.fin, '^%d+') == o.entry then
         forget_entry(l.q, o.entry)
         count(l.q, 'settled')
       elseif o.token and conf(l.q).bury_lost then

@@ -27,15 +27,26 @@ end
 -- Returns the tag and the due time (or nil), or nothing for a message that Python must look
 -- at: unusable, untagged, or in a shape that cannot be stamped as it is.
 local function read_message(raw)
+  if #raw > 16777216 then return nil end
   local ok, m = pcall(cjson.decode, raw)
   if not ok or type(m) ~= 'table' then return nil end
   local h = m.headers
   if type(h) ~= 'table' or type(h.id) ~= 'string' or type(h.task) ~= 'string'
     or h.affinity_stamp ~= nil or h.affinity_once ~= nil or type(m.body) ~= 'string' or type(m.properties) ~= 'table'
     or type(m['content-type']) ~= 'string' then return nil end
+  -- What kombu needs of a message to make one of it at all.
+  local encoding = m.properties.body_encoding
+  if type(m.properties.delivery_tag) ~= 'string' or (encoding ~= nil and encoding ~= 'base64') then
+    return nil
+  end
+  -- zlib makes at most 1032 bytes of one, and 64 MiB is the most that a body may become.
+  local zip = h.compression
+  if zip ~= nil and zip ~= cjson.null and ((zip ~= 'application/x-gzip' and zip ~= 'gzip'
+    and zip ~= 'zlib') or #m.body > 86000) then return nil end
   local _, opens = string.find(raw, '"headers": {"', 1, true)
   if not opens or string.find(raw, '{', 2, true) ~= opens - 1
-    or string.find(string.sub(raw, 1, opens), '[', 1, true) then return nil end
+    or string.find(string.sub(raw, 1, opens), '[', 1, true)
+    or string.find(raw, '"headers"', opens, true) then return nil end
   local tag = tag_text(h.identify_tag)
   if not tag then return nil end
   if h.eta == nil or h.eta == cjson.null then return tag end

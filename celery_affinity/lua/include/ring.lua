@@ -8,9 +8,27 @@ local function holders(q, tag)
   return slots
 end
 
--- Whether a tag waits for the retry at its head to become due (ordered_retries).
+-- Whether a tag waits for the retry at its head to become due (ordered_retries), or for an
+-- operator (on_failure).
 local function on_hold(q, tag)
-  return conf(q).ordered > 0 and redis.call('ZSCORE', queue_key(q, 'hold'), tag)
+  return (conf(q).ordered > 0 or conf(q).halts) and redis.call('ZSCORE', queue_key(q, 'hold'), tag)
+end
+
+local function is_halted(q, tag)
+  return conf(q).halts and redis.call('HEXISTS', queue_key(q, 'halted'), tag) == 1
+end
+
+-- on_failure: after the failure of an entry its tag gets no slot until an operator says so.
+local function halt(q, tag, entry)
+  local c, halted = conf(q), queue_key(q, 'halted')
+  local why = (c.failure == 1 and 'block:' or 'park:') .. entry
+  local before = redis.call('HGET', halted, tag)
+  redis.call('HSET', halted, tag, before and before .. ' ' .. why or why)
+  redis.call('ZADD', queue_key(q, 'hold'), '+inf', tag)
+  redis.call('ZREM', queue_key(q, 'ring'), tag)
+  if c.warm_wait > 0 then redis.call('HDEL', queue_key(q, 'since'), tag) end
+  redis.call('HSET', queue_key(q, 'conf'), 'halts', '1')
+  c.halts = true
 end
 
 -- Put a tag into the ring if it has a backlog and room under its concurrency. With more than
@@ -53,16 +71,19 @@ local function forget_entry(q, entry)
   if conf(q).ordered > 0 then redis.call('HDEL', queue_key(q, 'retrying'), entry) end
 end
 
--- To the dead letters. Whoever waits for its result is told by the leader (untold), unless the
--- caller does that itself.
-local function bury(q, entry, tag, reason, message, told)
-  local meta = {reason = reason, tag = tag, at = NOW,
+-- To the dead letters; an admitted one (without `message`) halts its tag where on_failure says so.
+-- Whoever waits for its result is told by the leader (untold), unless the caller does that itself.
+local function bury(q, entry, tag, reason, message, told, traceback)
+  local meta = {reason = reason, tag = tag, at = NOW, traceback = traceback,
     attempts = tonumber(redis.call('HGET', queue_key(q, 'att'), entry) or 0)}
+  if traceback then meta.attempts = meta.attempts + 1 end
+  redis.call('ZADD', queue_key(q, 'deadz'), entry, entry)
   redis.call('HSET', queue_key(q, 'dead'), entry, cjson.encode(meta))
   redis.call('HSET', queue_key(q, 'deadm'), entry,
     message or redis.call('HGET', queue_key(q, 'm'), entry) or '')
   forget_entry(q, entry)
   count(q, 'buried')
+  if not message and conf(q).failure > 0 then halt(q, tag, entry) end
   if not told then
     redis.call('RPUSH', queue_key(q, 'untold'), entry)
     ring_bell(q)
