@@ -17,7 +17,7 @@ from celery_affinity.detour import refuse_pending_queues, to_pending_queue
 from celery_affinity.evacuation import evacuate, resume
 from celery_affinity.exceptions import ConfigurationError, UndeclaredQueueError
 from celery_affinity.failing import fail_buried
-from celery_affinity.foreign import ForeignConsumers
+from celery_affinity.foreign import ForeignConsumers, consumed_queues
 from celery_affinity.intake import no_tag
 from celery_affinity.keys import Keys
 from celery_affinity.ledger import Ledger
@@ -222,7 +222,7 @@ class Affinity:
             self._service.start()
             service = self._service
             self._foreign = ForeignConsumers(
-                lambda seconds: self.app.control.inspect(timeout=seconds).active_queues(),
+                partial(consumed_queues, self.app),
                 self._pending_names,
                 lambda: service.leading,
             )

@@ -294,6 +294,23 @@ class SlotPool(AsynPool):  # type: ignore[misc]
         if proc is not None and self.slot_buffers.get(proc.index):
             self._feed(proc.index)
 
+    def _event_process_exit(self, hub: Any, proc: Any) -> None:
+        """A process' sentinel is readable: it is ending, or has ended.
+
+        The stock pool looks once, and where the process cannot be reaped yet, again by its timer,
+        up to 5 s later: so long the tag of its task would wait.
+        """
+        super()._event_process_exit(hub, proc)
+        self._reap_soon(hub, proc, 100)
+
+    def _reap_soon(self, hub: Any, proc: Any, tries: int) -> None:
+        if proc in self._pool and tries:
+            hub.call_later(0.02, self._reap, hub, proc, tries - 1)
+
+    def _reap(self, hub: Any, proc: Any, tries: int) -> None:
+        self.maintain_pool()
+        self._reap_soon(hub, proc, tries)
+
     def on_process_alive(self, pid: int) -> None:
         """A new process is up and takes over the jobs that wait for its slot."""
         super().on_process_alive(pid)
@@ -379,6 +396,7 @@ def slots_are_processes(pool_cls: Any, wanted: bool, use_eventloop: bool) -> boo
         return False
     needed = (
         "_create_write_handlers",
+        "_event_process_exit",
         "create_result_handler",
         "on_job_ready",
         "on_job_process_lost",
