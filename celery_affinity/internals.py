@@ -19,10 +19,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from billiard.process import current_process
+from celery import states
 from celery.app.trace import trace_ok_t
 from celery.concurrency import get_implementation
 from celery.concurrency.asynpool import AsynPool
@@ -42,6 +43,7 @@ __all__ = (
     "selected_queues",
     "settle_own_retries",
     "slots_are_processes",
+    "stored_success",
     "wrap_tracers",
 )
 
@@ -69,6 +71,19 @@ def wrap_tracers(tasks: Iterable[Any], gate: Gate) -> None:
 def refusal(marker: str) -> Any:
     """What a tracer returns for a task that ended well with this text as its result's repr."""
     return trace_ok_t(None, None, 0.0, marker)
+
+
+def stored_success(app: Any, task_id: str, request: Mapping[str, Any]) -> str | None:
+    """The repr of the result if the task's SUCCESS is stored; None if not, or nobody can tell."""
+    task = app.tasks.get(request.get("task"))
+    if task is None or task.ignore_result or request.get("ignore_result"):
+        return None
+    try:
+        meta = task.backend.get_task_meta(task_id, cache=False)
+    except Exception as error:
+        logger.debug("Could not look for the stored result of task %s: %s", task_id, error)
+        return None
+    return repr(meta.get("result")) if meta.get("status") == states.SUCCESS else None
 
 
 # Retries

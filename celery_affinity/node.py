@@ -21,6 +21,7 @@ from celery_affinity.request import requeue_unknown_tasks, strategy_for
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.topology import worker_queue, worker_queue_name
+from celery_affinity.watchdog import Lifeline, Watchdog
 
 __all__ = ("Node",)
 
@@ -69,8 +70,13 @@ class Node:
         )
         pending = {queue.state: queue.pending for queue in serves}
         internals.settle_own_retries(self.app, pending.get)
+        self._lifeline = Lifeline()
         self.reporter = Reporter(
-            self._scripts, self.incarnation, self._announcement, settings.heartbeat_interval
+            self._scripts,
+            self.incarnation,
+            self._announcement,
+            settings.heartbeat_interval,
+            self._lifeline,
         )
         self._started = False
         self._gate: tuple[int, Gate] | None = None
@@ -114,6 +120,8 @@ class Node:
         """Put this process' gate around all tasks of the app."""
         if self._gate is None or self._gate[0] != os.getpid():
             self._gate = os.getpid(), self._make_gate(slot)
+            if self._settings.on_ledger_lost == "stop":
+                self._watch(self._gate[1])
         gate = self._gate[1]
         internals.wrap_tracers(self.app.tasks.values(), gate)
         gate.process_up()
@@ -122,6 +130,10 @@ class Node:
         """This process stops running tasks."""
         if self._gate is not None and self._gate[0] == os.getpid():
             self._gate[1].close()
+
+    def _watch(self, gate: Gate) -> None:
+        dog = Watchdog(self._lifeline, gate.oldest, self._settings.heartbeat_timeout)
+        internals.native_thread(dog.run, "affinity-watchdog")
 
     def _make_gate(self, slot: int | None) -> Gate:
         in_process = slot is None
@@ -135,6 +147,7 @@ class Node:
             in_process=in_process,
             ordinary=self._ordinary,
             trust_seconds=self._settings.heartbeat_timeout / 2,
+            succeeded=partial(internals.stored_success, self.app),
         )
 
     # In the parent, on each start of its consumer

@@ -22,6 +22,7 @@ from celery_affinity.connection import Reachability
 from celery_affinity.held import Held
 from celery_affinity.message import Stamp
 from celery_affinity.scripts import Scripts
+from celery_affinity.watchdog import Lifeline, seconds
 
 __all__ = ("Reporter",)
 
@@ -37,6 +38,7 @@ class Reporter:
     Arguments:
         connect: Makes a client; one for the heartbeat's thread, one for the caller's.
         announcement: Keyword arguments of `Scripts.register`, made at each registration.
+        lifeline: Told of each answered heartbeat.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class Reporter:
         incarnation: str,
         announcement: Callable[[], dict[str, Any]],
         interval_seconds: float,
+        lifeline: Lifeline,
     ) -> None:
+        self._lifeline = lifeline
         self.held = Held()
         self.held.on_end = self._on_end
         self._connect = connect
@@ -65,7 +69,9 @@ class Reporter:
 
     def register(self) -> None:
         """Announce this incarnation (again); a repeat changes nothing."""
+        sent = seconds()
         self._scripts.register(self._incarnation, **self._announcement())
+        self._lifeline.answered(sent)
 
     def reconnected(self) -> None:
         """After a broker connection was lost: have sent again what had not started."""
@@ -170,10 +176,13 @@ class Reporter:
                 time.sleep(min(0.5, self._interval))
 
     def _beat(self, scripts: Scripts, grace_ms: int) -> None:
+        sent = seconds()
         registered, again, back = scripts.heartbeat(
             self._incarnation, f"{os.getpid()}.{next(self._beats)}", grace_ms, self.held.names()
         )
         self._reachability.answered()
+        if registered:
+            self._lifeline.answered(sent)
         if again or back:
             logger.warning(
                 "%d messages were lost on the way and sent again, %d tasks taken back.",
@@ -190,8 +199,11 @@ class Reporter:
             "elsewhere too.",
             extra={"action": "register_anew"},
         )
+        self._lifeline.given_up()
         self._busy_slots = self.held.running_slots()
+        sent = seconds()
         scripts.register(self._incarnation, **self._announcement(), busy=sorted(self._busy_slots))
+        self._lifeline.answered(sent)
 
     def _on_end(self, stamp: Stamp) -> None:
         if stamp.slot in self._busy_slots:

@@ -185,6 +185,9 @@ class AffinitySettings(BaseModel):
     heartbeat_interval: Seconds = 2.0
     #: A worker that did not report for so long is lost, and what it held runs elsewhere.
     heartbeat_timeout: Seconds = 10.0
+    #: What becomes of running tasks when a worker's heartbeats do not get through: they finish, or
+    #: their process is killed before the lease passes on (without processes: the worker).
+    on_ledger_lost: Literal["finish", "stop"] = "finish"
     #: On prefork, run all tasks of a lease in one pool process.
     slot_is_process: bool = True
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 from celery import Task
 
 from acceptance.apps.affinity_app import affinity, app, recorded
-from celery_affinity import affinity_task
+from celery_affinity import affinity_task, current
 
 __all__ = ("affinity", "app")
 
@@ -30,6 +33,20 @@ def told(self: Task, failed: str) -> None:
     """An errback, itself a task."""
     with recorded(self, "errback", 0):
         pass
+
+
+def die_once(self: Task, *about: object) -> None:
+    """Called after the result was stored, before the settle."""
+    lease = current()
+    if lease and lease.attempt == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@affinity_task(queue="jobs", tag_from="tag", bind=True, name="jobs.stored", after_return=die_once)
+def stored(self: Task, tag: str, seq: int, ms: float = 0) -> int:
+    """Succeed, and lose the process right after that."""
+    with recorded(self, tag, seq):
+        return seq
 
 
 @affinity_task(queue="jobs", tag_from="tag", bind=True, name="jobs.thrice")
