@@ -66,7 +66,7 @@ class Node:
         internals.consume_worker_queues(
             self.app,
             [name for queue in serves for name in {queue.name, queue.pending}],
-            [worker_queue(name) for name in self.worker_queues.values()],
+            [worker_queue(name, self._announce) for name in self.worker_queues.values()],
         )
         pending = {queue.state: queue.pending for queue in serves}
         internals.settle_own_retries(self.app, pending.get)
@@ -153,7 +153,7 @@ class Node:
     # In the parent, on each start of its consumer
 
     def consumer_started(self, consumer: Any) -> None:
-        """Receive dispatched messages; register, or after a reconnect ask for what was lost."""
+        """Receive dispatched messages; after a reconnect ask for what was lost."""
         if not consumer.pool.uses_semaphore:  # any pool but prefork runs tasks in this process
             self.open_gates(None)
         to_pool = (
@@ -166,9 +166,6 @@ class Node:
                 task, self.app, consumer, consumer.strategies[name], self.reporter, to_pool
             )
         requeue_unknown_tasks(consumer, self.reporter)
-        if not self._started:
-            check_server(self._scripts().client, logger)
-        self.reporter.register()
         if self._started:
             self.reporter.reconnected()
         else:
@@ -181,6 +178,16 @@ class Node:
             self.incarnation,
             extra={"action": "serve", "incarnation": self.incarnation},
         )
+
+    def _announce(self) -> None:
+        """Register before the worker queue is declared, so that the ledger knows what to delete.
+
+        A node that died between the two in the other order left its queue's binding for ever
+        (test_a_worker_that_dies_while_it_starts_leaves_nothing).
+        """
+        if not self._started:
+            check_server(self._scripts().client, logger)
+        self.reporter.register()
 
     def info(self) -> dict[str, Any]:
         """For ``celery inspect stats``."""
