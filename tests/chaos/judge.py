@@ -182,6 +182,8 @@ def judge_ledger(affinity: Affinity, client: Any, slots: int = SLOTS) -> list[st
         )
         if value != expected
     ]
+    if stats.idle_slots != slots:
+        found += [f"  {line}" for line in _slots(affinity, client)]
     living = {worker.worker_id for worker in affinity.workers()}
     names = [key.decode() for key in client.scan_iter("*", count=1000)]
     for name in names:
@@ -193,3 +195,16 @@ def judge_ledger(affinity: Affinity, client: Any, slots: int = SLOTS) -> list[st
             if not any(incarnation.startswith(part) for incarnation in living):
                 found.append(f"leak: queue or binding {name!r} of a worker that is gone")
     return found
+
+
+def _slots(affinity: Affinity, client: Any) -> list[str]:
+    """What the ledger says of each worker's slots, for whoever looks for a lost one."""
+    lines = []
+    for worker in affinity.workers():
+        key = f"{{affinity:default}}:w:{worker.worker_id}:"
+        lines.append(
+            f"{worker.name} {worker.worker_id} draining={worker.draining} idle={client.smembers(key + 'idle')} "
+            f"leased={client.smembers(key + 'leased')} busy={client.hgetall(key + 'busy')} "
+            f"owed={client.lrange(key + 'owed', 0, -1)} {worker.slots}"
+        )
+    return [*lines, f"idle of the queue: {client.zrange('{affinity:default}:q:jobs:idle', 0, -1)}"]
