@@ -83,6 +83,12 @@ class Faults:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.random.choice(children), signal.SIGKILL)
 
+    def kill_all(self) -> None:
+        """SIGKILL all workers and beats at once."""
+        for node in self.system.nodes:
+            if node.name not in self._under and node.alive:
+                self._kill(node, "kill_all")
+
     def kill_leader(self) -> None:
         """SIGKILL whoever leads."""
         node = self.system.leading()
@@ -167,8 +173,9 @@ class Faults:
     def busy_redis(self) -> None:
         """A foreign script that blocks all others, for up to 2 s."""
         seconds = self.random.uniform(0.3, 2)
-        if self._redis_goes("busy_redis", seconds + 0.3, lambda: None):
-            threading.Thread(target=self._busy, args=(seconds,), daemon=True).start()
+        foreign = threading.Thread(target=self._busy, args=(seconds,), daemon=True)
+        if self._redis_goes("busy_redis", seconds, foreign.join):
+            foreign.start()
 
     def client_kill(self) -> None:
         """All connections are closed by the server."""

@@ -26,7 +26,7 @@ from history import History, Run
 SEVERING = ("freeze_parent", "freeze_tree", "freeze_leader", "blackhole", "drop_replies")
 #: End a process that may just have recorded a task's end, and not yet settled it.
 ENDING = (
-    "kill_worker", "kill_tree", "kill_child", "kill_leader", "stop_warm", "stop_cold", "stop_twice",
+    "kill_worker", "kill_tree", "kill_child", "kill_leader", "kill_all", "stop_warm", "stop_cold", "stop_twice",
     "rolling_restart",
 )
 #: The kinds of tasks that may be in order only among themselves: each has a tag of its own.
@@ -183,7 +183,7 @@ def judge_ledger(affinity: Affinity, client: Any, slots: int = SLOTS) -> list[st
         if value != expected
     ]
     if stats.idle_slots != slots:
-        found += [f"  {line}" for line in _slots(affinity, client)]
+        found += [f"  {line}" for line in slots_of(affinity, client)]
     living = {worker.worker_id for worker in affinity.workers()}
     names = [key.decode() for key in client.scan_iter("*", count=1000)]
     for name in names:
@@ -197,7 +197,7 @@ def judge_ledger(affinity: Affinity, client: Any, slots: int = SLOTS) -> list[st
     return found
 
 
-def _slots(affinity: Affinity, client: Any) -> list[str]:
+def slots_of(affinity: Affinity, client: Any) -> list[str]:
     """What the ledger says of each worker's slots, for whoever looks for a lost one."""
     lines = []
     for worker in affinity.workers():

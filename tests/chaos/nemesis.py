@@ -32,7 +32,13 @@ def kinds() -> list[Kind]:
         Kind(60.0, {"kill_redis": 1}),
         Kind(45.0, {"client_kill": 2, "script_flush": 2, "busy_redis": 1, "pause_redis": 1}),
         Kind(120.0, {"rolling_restart": 1}),
+        Kind(180.0, {"kill_all": 1}),
     ]
+
+
+def verbs() -> list[str]:
+    """All verbs."""
+    return list(dict.fromkeys(verb for kind in kinds() for verb in kind.weights))
 
 
 def brisk() -> list[Kind]:

@@ -22,8 +22,8 @@ from typing import Any
 
 from celery_affinity.embedded import start_server
 from chaos.faults import Faults
-from chaos.judge import buried_tasks, judge_history, judge_ledger
-from chaos.nemesis import Kind, Nemesis, kinds
+from chaos.judge import buried_tasks, judge_history, judge_ledger, slots_of
+from chaos.nemesis import Kind, Nemesis, kinds, verbs
 from chaos.system import System, now
 from chaos.tail import Tail
 from chaos.workload import Workload
@@ -63,8 +63,8 @@ class Chaos:
         if chaos:
             self.nemesis.start()
         while now() < begin + seconds:
+            self.faults.run_due()
             if chaos:
-                self.faults.run_due()
                 self.nemesis.step()
             if not self.faults.redis_is_down:
                 self.workload.step()
@@ -88,6 +88,7 @@ class Chaos:
             found += judge_ledger(affinity, client)
         except AssertionError as error:
             found.append(f"liveness: {error}")
+            found += slots_of(self.system.producer.affinity, self.system.client)
         history = self._chapter()
         broken, seen = judge_history(history, self.faults.log, self._dead())
         self.totals.update(seen)
@@ -150,6 +151,28 @@ def run(chaos: Chaos, minutes: float, chapter_minutes: float, calm_seconds: floa
     return 0
 
 
+def run_each(chaos: Chaos, names: list[str], rounds: int) -> int:
+    """Each verb alone, so many times, each time judged; the exit status."""
+    chaos.system.wait_until_whole()
+    for name in names:
+        before = Counter(chaos.totals)
+        slowest = 0.0
+        for _ in range(rounds):
+            chaos.load(1.0, chaos=False)
+            getattr(chaos.faults, name)()
+            chaos.load(2.0, chaos=False)
+            quiet = now()
+            if found := chaos.settle():
+                return report(chaos, found)
+            slowest = max(slowest, now() - quiet)
+        new = chaos.totals - before
+        print(
+            f"| {name} | {rounds} | {new['tasks']} | {new['reruns']} | {new['excused']} | "
+            f"{slowest:.1f} |", flush=True,
+        )
+    return 0
+
+
 def report(chaos: Chaos, found: list[str]) -> int:
     """Say what was violated, and with what to look at it."""
     print(f"{len(found)} VIOLATIONS with seed {chaos.seed}:", flush=True)
@@ -169,12 +192,19 @@ def main() -> int:
     parser.add_argument("--seed", default=str(random.randrange(10**6)))
     parser.add_argument("--chapter-minutes", type=float, default=3)
     parser.add_argument("--calm-seconds", type=float, default=60)
+    parser.add_argument("--each", type=int, help="no mix: each verb alone, so many times")
+    parser.add_argument("--verbs", help="which, comma-separated; default: all")
     given = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
     chaos = Chaos(directory, given.seed, kinds())
     status = 1
     try:
-        status = run(chaos, given.minutes, given.chapter_minutes, given.calm_seconds)
+        if given.each:
+            names = given.verbs.split(",") if given.verbs else verbs()
+            chaos.workload = Workload(chaos.system.producer, chaos.tail, given.seed, backlog=60)
+            status = run_each(chaos, names, given.each)
+        else:
+            status = run(chaos, given.minutes, given.chapter_minutes, given.calm_seconds)
     finally:
         chaos.close()
         if not status:
