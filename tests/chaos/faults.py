@@ -44,7 +44,7 @@ class Faults:
     Arguments:
         system: What they are applied to.
         rng: Draws targets and durations.
-        log_path: Each verb is a line there.
+        log_path: Where `save` writes each verb as a line.
     """
 
     def __init__(self, system: System, rng: random.Random, log_path: Path) -> None:
@@ -192,6 +192,10 @@ class Faults:
         while self._due and self._due[0][0] <= now():
             heapq.heappop(self._due)[2]()
 
+    def save(self) -> None:
+        """Write the log, a line each."""
+        self._log_path.write_text("".join(json.dumps(asdict(fault)) + "\n" for fault in self.log))
+
     @property
     def quiet(self) -> bool:
         """Whether all has been undone."""
@@ -208,8 +212,6 @@ class Faults:
         if seconds is not None:
             fault.end = fault.begin + seconds
         self.log.append(fault)
-        with self._log_path.open("a") as file:
-            file.write(json.dumps(asdict(fault)) + "\n")
         return fault
 
     def _later(self, seconds: float, action: Callable[[], None]) -> None:

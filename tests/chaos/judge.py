@@ -5,6 +5,9 @@ or cut off longer than its lease may still be running a task whose tag has moved
 left out of the judgement of exclusion and order if (a) the fault log says that its worker was
 frozen or cut off, (b) the run was under way when the lease can have ended, and (c) the same
 task ran again under a later epoch. It never excuses a loss.
+
+A worker that comes back has what is left of its last heartbeat until its next one is noted: it may
+take a task in that time and be given up in it. So (b) reaches one heartbeat interval past the fault.
 """
 
 from __future__ import annotations
@@ -56,10 +59,11 @@ def stale_runs(history: History, faults: Sequence[Fault]) -> list[Run]:
 
 
 def _outlived_its_lease(run: Run, fault: Fault) -> bool:
-    # The last heartbeat before the fault may be two intervals old.
-    lease_ends = fault.begin + HEARTBEAT_TIMEOUT_SECONDS - 2 * HEARTBEAT_INTERVAL_SECONDS
+    # The last heartbeat before the fault may be an interval old.
+    lease_ends = fault.begin + HEARTBEAT_TIMEOUT_SECONDS - HEARTBEAT_INTERVAL_SECONDS
     ended = float("inf") if run.end is None else run.end / 1e9
-    return run.start / 1e9 <= fault.end and fault.end > lease_ends and ended > lease_ends
+    back = fault.end + HEARTBEAT_INTERVAL_SECONDS
+    return run.start / 1e9 <= back and back > lease_ends and ended > lease_ends
 
 
 def judge_history(

@@ -89,6 +89,7 @@ class Chaos:
         except AssertionError as error:
             found.append(f"liveness: {error}")
             found += slots_of(self.system.producer.affinity, self.system.client)
+        self.faults.save()
         history = self._chapter()
         broken, seen = judge_history(history, self.faults.log, self._dead())
         self.totals.update(seen)
