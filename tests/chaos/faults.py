@@ -25,6 +25,8 @@ from harness import Node
 
 #: A node that was asked to stop and has not ended by then hangs: that is a violation.
 STOP_SECONDS = 60.0
+#: How long after a BUSY a worker may take to end of it.
+BUSY_DEATH_SECONDS = 8.0
 
 
 @dataclass
@@ -171,11 +173,16 @@ class Faults:
             self.system.server.pause()
 
     def busy_redis(self) -> None:
-        """A foreign script that blocks all others, for up to 2 s."""
+        """A foreign script that blocks all others, for up to 2 s.
+
+        Celery's consumer takes the server's BUSY for an unrecoverable error: the worker stops by
+        itself, as in any Celery. Here it is started again.
+        """
         seconds = self.random.uniform(0.3, 2)
         foreign = threading.Thread(target=self._busy, args=(seconds,), daemon=True)
         if self._redis_goes("busy_redis", seconds, foreign.join):
             foreign.start()
+            self._later(seconds + BUSY_DEATH_SECONDS, lambda: None)  # until then it is not quiet
 
     def client_kill(self) -> None:
         """All connections are closed by the server."""
@@ -188,7 +195,15 @@ class Faults:
     # Time
 
     def run_due(self) -> None:
-        """Do what is due."""
+        """Do what is due; start what has ended by itself, which only BUSY may bring about."""
+        for node in self.system.nodes:
+            if node.name not in self._under and not node.alive:
+                since = max((f.begin for f in self.log if f.verb == "busy_redis"), default=0.0)
+                if now() - since > 2 * BUSY_DEATH_SECONDS:
+                    self.violations.append(f"death: {node.name} has ended by itself: {node.log_tail(15)}")
+                self._note("died", node.name, 0.0)
+                node.destroy()
+                node.start()
         while self._due and self._due[0][0] <= now():
             heapq.heappop(self._due)[2]()
 

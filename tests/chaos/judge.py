@@ -30,7 +30,7 @@ SEVERING = ("freeze_parent", "freeze_tree", "freeze_leader", "blackhole", "drop_
 #: End a process that may just have recorded a task's end, and not yet settled it.
 ENDING = (
     "kill_worker", "kill_tree", "kill_child", "kill_leader", "kill_all", "stop_warm", "stop_cold", "stop_twice",
-    "rolling_restart",
+    "rolling_restart", "died",
 )
 #: The kinds of tasks that may be in order only among themselves: each has a tag of its own.
 _DUE = "due-"
