@@ -68,7 +68,7 @@ class Node:
         internals.consume_worker_queues(
             self.app,
             [name for queue in settings.queues for name in {queue.name, queue.pending}],
-            [worker_queue(name) for name in self.worker_queues.values()],
+            [worker_queue(name, self._announce) for name in self.worker_queues.values()],
         )
         pending = {queue.state: queue.pending for queue in settings.queues}
         internals.settle_own_retries(self.app, pending.get, self._runs_alone)
@@ -179,7 +179,7 @@ class Node:
     # In the parent, on each start of its consumer
 
     def consumer_started(self, consumer: Any) -> None:
-        """Receive dispatched messages; register, or after a reconnect ask for what was lost."""
+        """Receive dispatched messages; after a reconnect ask for what was lost."""
         if not consumer.pool.uses_semaphore:  # any pool but prefork runs tasks in this process
             self.open_gates(None)
         to_pool = (
@@ -195,11 +195,6 @@ class Node:
         slot_pool.follow_size(consumer.pool, most, self.reporter.changed)
         requeue_unknown_tasks(consumer, self.reporter)
         survive_unreadable(consumer, self.reporter)
-        if not self._started:
-            scripts = self._scripts()
-            check_server(scripts.client, logger)
-            self._namesake.before_registration(scripts)
-        self.reporter.register()
         if self._started:
             self.reporter.reconnected()
         else:
@@ -241,6 +236,18 @@ class Node:
         self.serves = tuple(served for served in self.serves if served is not queue)
         cancel(self.worker_queues[queue.name])
         self.reporter.changed()
+
+    def _announce(self) -> None:
+        """Register before the worker queue is declared, so that the ledger knows what to delete.
+
+        A node that died between the two in the other order left its queue's binding for ever
+        (test_a_worker_that_dies_while_it_starts_leaves_nothing).
+        """
+        if not self._started:
+            scripts = self._scripts()
+            check_server(scripts.client, logger)
+            self._namesake.before_registration(scripts)
+        self.reporter.register()
 
     def info(self) -> dict[str, Any]:
         """For ``celery inspect stats``."""

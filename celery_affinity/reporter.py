@@ -2,7 +2,9 @@
 
 Crash windows: a node that dies at any point stops beating and is rescued; one that was rescued
 while it was frozen learns it from its next beat, and registers anew without the slots that
-still run something (test_a_frozen_worker_starts_nothing_before_it_has_registered_anew).
+still run something (test_a_frozen_worker_starts_nothing_before_it_has_registered_anew); each of
+those is vacated when that has ended, also if it ends in the middle of the registration
+(test_a_slot_that_was_busy_when_its_node_registered_anew_is_vacated).
 
 What a node serves and how many slots it has may change while it runs (remote control, autoscale).
 Each beat looks at both, numbers a change, and tells it to the ledger until the ledger's answer
@@ -191,7 +193,8 @@ class Reporter:
                 if self._draining and not self._drained:
                     self.drain(scripts)
                 while self._to_vacate:
-                    scripts.vacate(self._incarnation, f"slot:{self._to_vacate.popleft()}")
+                    scripts.vacate(self._incarnation, f"slot:{self._to_vacate[0]}")
+                    self._to_vacate.popleft()
                 self._tell_changes(scripts)
                 self._beat(scripts, GRACE_MS)
                 for look in self._looks:
@@ -248,18 +251,24 @@ class Reporter:
             extra={"action": "register_anew"},
         )
         self._lifeline.given_up()
-        self._busy_slots = self.held.running_slots()
+        busy = self.held.running_slots()
+        self._busy_slots = set(busy)
         sent = seconds()
         change, announcement = self._change, self._announcement()
         self._in_force = scripts.register(
-            self._incarnation, **announcement, busy=sorted(self._busy_slots), change=change
+            self._incarnation, **announcement, busy=sorted(busy), change=change
         )
         self._lifeline.answered(sent)
+        for slot in busy - self.held.running_slots():
+            self._free(slot)  # it may have ended before it was noted as busy
 
     def _on_end(self, stamp: Stamp) -> None:
-        if stamp.slot in self._busy_slots:
-            self._busy_slots.discard(stamp.slot)
-            self._to_vacate.append(stamp.slot)
+        self._free(stamp.slot)
+
+    def _free(self, slot: int) -> None:
+        if slot in self._busy_slots:
+            self._busy_slots.discard(slot)
+            self._to_vacate.append(slot)
             self._wake()
 
     def _wake(self) -> None:

@@ -53,18 +53,32 @@ class SlotPool(ResizablePool):
         super().__init__(*args, **kwargs)
 
     def create_result_handler(self) -> Any:
-        """The stock one, its reading marked."""
+        """The stock one, its reading marked, and read on after the event loop was reset.
+
+        A message that has not come whole is read on by the event loop, turn by turn. Where the
+        broker connection is lost between two, the loop forgets it, and the stock pool takes the
+        rest of the message for the next one: nothing of that process is ever heard again
+        (test_a_connection_that_is_lost_while_a_result_is_read_does_not_wedge_the_slot).
+        """
         handler = super().create_result_handler()
         receive = handler._recv_message
+        begun: dict[int, tuple[Any, Callable[[], Any]]] = {}
 
-        def marked(*args: Any, **kwargs: Any) -> Iterator[None]:
-            # A message that has not come whole is read on by the event loop itself, turn by turn.
-            turn = self._step(receive(*args, **kwargs).__next__)
+        def marked(add_reader: Any, fd: int, *args: Any, **kwargs: Any) -> Iterator[None]:
+            proc = self._fileno_to_outq.get(fd)  # a new process may have the file of an old one
+            owner, turn = begun.pop(fd, (None, None))
+            if turn is None or owner is not proc:
+                turn = self._step(receive(add_reader, fd, *args, **kwargs).__next__)
             while True:
                 try:
                     turn()
                 except StopIteration:
+                    begun.pop(fd, None)
                     return
+                except BaseException:
+                    begun.pop(fd, None)
+                    raise
+                begun[fd] = proc, turn
                 yield
 
         handler._recv_message = marked

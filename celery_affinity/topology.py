@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,19 +24,43 @@ def worker_queue_prefix(queue: AffinityQueue) -> str:
     return queue.worker_queue_prefix or queue.name + ".worker"
 
 
-def worker_queue(name: str) -> Queue:
+class WorkerQueue(Queue):
+    """A queue that calls `before_declare` first, each time that it is declared."""
+
+    # Not one of kombu's `attrs`: those are shown by `celery inspect active_queues`.
+    before_declare: Callable[[], None] | None = None
+
+    def bind(self, channel: Any) -> WorkerQueue:
+        """A copy that is bound to a channel."""
+        bound: WorkerQueue = super().bind(channel)
+        bound.before_declare = self.before_declare
+        return bound
+
+    def declare(self, *args: Any, **kwargs: Any) -> Any:
+        """Declare it on the broker."""
+        if self.before_declare is not None:
+            self.before_declare()
+        return super().declare(*args, **kwargs)
+
+
+def worker_queue(name: str, before_declare: Callable[[], None] | None = None) -> Queue:
     """The worker queue: consumed without acks, since the ledger recovers what is lost.
 
     It has an exchange of its own: bound to the default one it would leave a dead member in
     that exchange's binding table with every start of a worker.
+
+    Arguments:
+        before_declare: Tells the ledger what will be on the broker, and so has to be deleted.
     """
-    return Queue(
+    queue = WorkerQueue(
         name,
         exchange=Exchange(name, type="direct", durable=False, delivery_mode=1),
         routing_key=name,
         durable=False,
         no_ack=True,
     )
+    queue.before_declare = before_declare
+    return queue
 
 
 @dataclass(frozen=True)

@@ -172,3 +172,19 @@ def assert_running(slot: SlotRecord, concurrency: int, pool: str) -> None:
     assert slot.current_batch_size == (3 if pool == "prefork" else 2)
     assert slot.epoch is not None
     assert slot.running_entry == 2
+
+
+def test_a_worker_that_dies_while_it_starts_leaves_nothing(
+    cluster: Cluster, producer: Producer, redis: Redis
+) -> None:
+    start(cluster, "w1")
+    wait_for_nodes(producer.affinity, 1)
+    dying = cluster.worker(
+        "acceptance.apps.dying", "w2", queues="jobs", environ={**QUICK, **WORKER_ONLY}, extra=LEAN
+    )
+
+    assert dying.wait(40) == -9
+
+    assert keys_with(redis, "jobs.worker.w2@test"), "its queue was declared"
+    wait_until(lambda: not keys_with(redis, "jobs.worker.w2@test"), 20, "the end of its keys")
+    assert [worker.name for worker in producer.affinity.workers()] == ["w1@test"]

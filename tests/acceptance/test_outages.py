@@ -6,6 +6,7 @@ import random
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from acceptance.support import (
@@ -156,3 +157,34 @@ def test_redis_that_goes_in_the_middle_is_waited_for(
     wait_until(lambda: len(lines(worker, BACK)) == len(gone), what="as many lines that it is back")
     assert "Scheduling of 'jobs' failed" not in worker.log_text()
     assert history.reruns() == 0 or how == "paused"
+
+
+def test_a_connection_that_is_lost_while_a_result_is_read_does_not_wedge_the_slot(
+    cluster: Cluster, server: Server, history_path: Path, producer: Producer
+) -> None:
+    import acceptance.apps.bulky  # noqa: F401  (registers its task)
+
+    worker = cluster.worker("acceptance.apps.bulky", queues="jobs", environ=QUICK, extra=LEAN)
+    wait_for_nodes(producer.affinity, 1)
+    worker.wait_ready()
+    parent = psutil.Process(worker.pid)
+
+    def has_read() -> int:
+        return int(parent.io_counters().read_chars)
+
+    before = has_read()
+    producer.send("bulky", task="bulky")
+    wait_for_ends(history_path, 1)
+    child = psutil.Process(runs(history_path)[0].pid)
+    wait_until(lambda: has_read() > before + 5_000_000, what="the reading of its result")
+    child.suspend()
+    assert has_read() < before + 150_000_000, "all of it was read: raise its size"
+    server.client().client_kill_filter(_type="normal", skipme=True)
+    worker.wait_for_log("Connection to broker lost")
+    wait_until(lambda: worker.log_text().count("Serving 'jobs'") == 2, what="the reconnect")
+    child.resume()
+
+    producer.send("after")
+
+    wait_for_ends(history_path, 2, 40)
+    History.load(history_path).assert_lawful()

@@ -24,6 +24,8 @@ def warned(pool: str = "prefork", worker: dict[str, Any] | None = None, **option
     def ordinary() -> None: ...
 
     app.finalize()
+    for name in set(app.tasks) - {"limited", "ordinary"}:
+        app.tasks.unregister(name)  # shared tasks of other tests' modules
     defaults = {"time_limit": None, "soft_time_limit": None}
     return warnings_of(SimpleNamespace(app=app, pool_cls=pool, **{**defaults, **(worker or {})}))
 

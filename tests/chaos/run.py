@@ -1,0 +1,217 @@
+"""`make chaos MINUTES=60 SEED=7`: chapters of chaos, each judged once all is quiet again.
+
+First an undisturbed minute, for its throughput; then chapters: the nemesis applies faults under
+load, everything is undone, what was sent has to be done soon, and the history and the ledger are
+judged. A violation prints the seed, the faults before it and where the history is, and ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from celery_affinity.embedded import start_server
+from chaos.faults import Faults
+from chaos.judge import buried_tasks, judge_history, judge_ledger, slots_of
+from chaos.nemesis import Kind, Nemesis, kinds, verbs
+from chaos.system import System, now
+from chaos.tail import Tail
+from chaos.workload import Workload
+from harness import BROKER_VARIABLE, wait_until
+from history import HISTORY_VARIABLE, History
+
+#: Once all faults are undone, what was sent has to be done within so many seconds.
+DRAIN_SECONDS = 120.0
+
+
+class Chaos:
+    """One run: a system, its workload, its nemesis, its judge."""
+
+    def __init__(self, directory: Path, seed: str, picks: list[Kind]) -> None:
+        self.directory, self.seed = directory, seed
+        self.history_path = directory / "history.jsonl"
+        os.environ[HISTORY_VARIABLE] = str(self.history_path)
+        self.server = start_server(aof=True)
+        os.environ[BROKER_VARIABLE] = self.server.url()
+        self.system = System(self.server, directory, self.history_path)
+        self.tail = Tail(self.history_path)
+        self.workload = Workload(self.system.producer, self.tail, seed)
+        self.faults = Faults(self.system, random.Random(f"{seed}/faults"), directory / "faults.jsonl")
+        self.nemesis = Nemesis(self.faults, seed, picks)
+        self.totals: Counter[str] = Counter()
+        self._judged = self._verbs = 0
+
+    def close(self) -> None:
+        """End all processes; the directory stays."""
+        self.system.close()
+        self.server.close()
+
+    def load(self, seconds: float, *, chaos: bool) -> float:
+        """Work for so long; returns tasks done in a second."""
+        self.tail.read()
+        begin, before = now(), len(self.tail.done)
+        if chaos:
+            self.nemesis.start()
+        while now() < begin + seconds:
+            self.faults.run_due()
+            if chaos:
+                self.nemesis.step()
+            if not self.faults.redis_is_down:
+                self.workload.step()
+            time.sleep(0.02)
+        self.tail.read()
+        return (len(self.tail.done) - before) / (now() - begin)
+
+    def settle(self) -> list[str]:
+        """Undo all, wait for the end of all tasks, judge. Returns what was violated."""
+        deadline = now() + DRAIN_SECONDS
+        while not self.faults.quiet and now() < deadline:
+            self.faults.run_due()
+            time.sleep(0.02)
+        found = list(self.faults.violations)
+        try:
+            self.system.wait_until_whole()
+            wait_until(lambda: not self._open_tasks(), DRAIN_SECONDS, "the end of all tasks")
+            affinity, client = self.system.producer.affinity, self.system.client
+            with suppress(AssertionError):  # a last settle, a reply queue of Celery's own inspect
+                wait_until(lambda: not judge_ledger(affinity, client), 10)
+            found += judge_ledger(affinity, client)
+        except AssertionError as error:
+            found.append(f"liveness: {error}")
+            found += slots_of(self.system.producer.affinity, self.system.client)
+        self.faults.save()
+        history = self._chapter()
+        broken, seen = judge_history(history, self.faults.log, self._dead())
+        self.totals.update(seen)
+        return found + broken
+
+    def _open_tasks(self) -> list[Any]:
+        left = self.tail.left(self.tail.sent)
+        if not left:
+            return []
+        buried = buried_tasks(self._dead())
+        return [task for task in left if task not in buried][:5]
+
+    def _dead(self) -> list[Any]:
+        return self.system.producer.affinity.dead_letters("jobs", 10_000)
+
+    def _chapter(self) -> History:
+        """What was recorded since the last chapter."""
+        with self.history_path.open("rb") as file:
+            file.seek(self._judged)
+            new = file.read()
+        self._judged += len(new)
+        # All of it is done or buried: it need not be looked at again.
+        for task in list(self.tail.sent):
+            self.tail.done.setdefault(task, now())
+        return History.parse(new.splitlines())
+
+    def verbs(self) -> Counter[str]:
+        """How often each verb was applied since the last call."""
+        new, self._verbs = self.faults.log[self._verbs:], len(self.faults.log)
+        return Counter(fault.verb for fault in new)
+
+
+def run(chaos: Chaos, minutes: float, chapter_minutes: float, calm_seconds: float) -> int:
+    """All chapters; the exit status."""
+    chaos.system.wait_until_whole()
+    calm = chaos.load(calm_seconds, chaos=False)
+    print(f"seed {chaos.seed}: undisturbed {calm:.0f} tasks/s, {chaos.directory}", flush=True)
+    if found := chaos.settle():
+        return report(chaos, found)
+    end = now() + 60 * minutes
+    rates: list[float] = []
+    while now() < end:
+        rates.append(chaos.load(min(60 * chapter_minutes, end - now()), chaos=True))
+        quiet = now()
+        found = chaos.settle()
+        verbs = chaos.verbs()
+        print(
+            f"chapter {len(rates)}: {rates[-1]:.0f} tasks/s ({rates[-1] / calm:.0%}), {verbs.total()} "
+            f"faults, all done {now() - quiet:.1f} s after; so far {dict(chaos.totals)}; "
+            f"{dict(verbs.most_common())}", flush=True,
+        )
+        if found:
+            return report(chaos, found)
+    share = sum(rates) / len(rates) / calm
+    print(json.dumps({
+        "seed": chaos.seed, "minutes": minutes, "violations": 0, "undisturbed tasks/s": round(calm),
+        "throughput": f"{share:.0%}", **chaos.totals,
+        "faults": Counter(fault.verb for fault in chaos.faults.log),
+    }), flush=True)
+    return 0
+
+
+def run_each(chaos: Chaos, names: list[str], rounds: int) -> int:
+    """Each verb alone, so many times, each time judged; the exit status."""
+    chaos.system.wait_until_whole()
+    for name in names:
+        before = Counter(chaos.totals)
+        slowest = 0.0
+        for _ in range(rounds):
+            chaos.load(1.0, chaos=False)
+            getattr(chaos.faults, name)()
+            chaos.load(2.0, chaos=False)
+            quiet = now()
+            if found := chaos.settle():
+                return report(chaos, found)
+            slowest = max(slowest, now() - quiet)
+        new = chaos.totals - before
+        print(
+            f"| {name} | {rounds} | {new['tasks']} | {new['reruns']} | {new['excused']} | "
+            f"{slowest:.1f} |", flush=True,
+        )
+    return 0
+
+
+def report(chaos: Chaos, found: list[str]) -> int:
+    """Say what was violated, and with what to look at it."""
+    print(f"{len(found)} VIOLATIONS with seed {chaos.seed}:", flush=True)
+    for line in found[:40]:
+        print(f"  {line}")
+    print("the last faults:")
+    for fault in chaos.faults.log[-25:]:
+        print(f"  {fault.begin:.2f} to {fault.end:.2f} {fault.verb} {fault.target}")
+    print(f"history, faults and logs: {chaos.directory}", flush=True)
+    return 1
+
+
+def main() -> int:
+    """Run it from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m chaos.run", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", default=str(random.randrange(10**6)))
+    parser.add_argument("--chapter-minutes", type=float, default=3)
+    parser.add_argument("--calm-seconds", type=float, default=60)
+    parser.add_argument("--each", type=int, help="no mix: each verb alone, so many times")
+    parser.add_argument("--verbs", help="which, comma-separated; default: all")
+    given = parser.parse_args()
+    directory = Path(tempfile.mkdtemp(prefix="chaos-"))
+    chaos = Chaos(directory, given.seed, kinds())
+    status = 1
+    try:
+        if given.each:
+            names = given.verbs.split(",") if given.verbs else verbs()
+            chaos.workload = Workload(chaos.system.producer, chaos.tail, given.seed, backlog=60)
+            status = run_each(chaos, names, given.each)
+        else:
+            status = run(chaos, given.minutes, given.chapter_minutes, given.calm_seconds)
+    finally:
+        chaos.close()
+        if not status:
+            shutil.rmtree(directory, ignore_errors=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

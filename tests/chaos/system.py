@@ -1,0 +1,92 @@
+"""The system under chaos: a server, workers behind a proxy each, beats, and who of them leads."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from acceptance.support import LEAN, WORKER_ONLY, Producer
+from celery_affinity.embedded import Server
+from chaos.nursery import ForkedCluster
+from chaos.proxy import Proxy
+from harness import BROKER_VARIABLE, Node, wait_until
+
+APP = "chaos.apps.affinity"
+HEARTBEAT_INTERVAL_SECONDS, HEARTBEAT_TIMEOUT_SECONDS, LEADER_TTL_SECONDS = 0.75, 3.0, 2.0
+TIMES = {
+    "AFFINITY_HEARTBEAT_INTERVAL": str(HEARTBEAT_INTERVAL_SECONDS),
+    "AFFINITY_HEARTBEAT_TIMEOUT": str(HEARTBEAT_TIMEOUT_SECONDS),
+    "AFFINITY_LEADER_TTL": str(LEADER_TTL_SECONDS),
+}
+WORKERS, CONCURRENCY = 3, 2
+SLOTS = WORKERS * CONCURRENCY
+#: A script is "busy" for others from here on (ms); Redis' own default is 5 s.
+BUSY_AFTER_MS = 200
+
+
+class System:
+    """Three workers of two slots, the first of which may lead as well, and two beats."""
+
+    def __init__(self, server: Server, directory: Path, history_path: Path) -> None:
+        self.server = server
+        self.cluster = ForkedCluster(server.url(), directory, history_path)
+        self.proxies = [Proxy(server.port) for _ in range(WORKERS)]
+        self.workers = [
+            self.cluster.worker(
+                APP, f"w{number}", queues="jobs", concurrency=CONCURRENCY, extra=LEAN,
+                environ={**TIMES, BROKER_VARIABLE: proxy.url(), **(WORKER_ONLY if number > 1 else {})},
+            )
+            for number, proxy in enumerate(self.proxies, 1)
+        ]
+        self.beats = [self.cluster.beat(APP, f"beat-{n}", environ=TIMES) for n in (1, 2)]
+        self.producer = Producer(server.url())
+        self.producer.app.conf.task_publish_retry_policy = {"max_retries": 30, "interval_max": 0.5}
+        self.client: Any = server.client()
+        self.client.config_set("busy-reply-threshold", BUSY_AFTER_MS)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """All of them."""
+        return [*self.workers, *self.beats]
+
+    def proxy_of(self, node: Node) -> Proxy:
+        """The proxy between a worker and Redis."""
+        return self.proxies[self.workers.index(node)]
+
+    def leading(self) -> Node | None:
+        """Which node leads now, as far as Redis tells."""
+        with contextlib.suppress(RedisError):
+            if found := self.producer.affinity.leader("jobs"):
+                pid = found.leader.split("/")[1]
+                return next((node for node in self.nodes if str(node.pid) == pid), None)
+        return None
+
+    def wait_until_whole(self, timeout: float = 60.0) -> None:
+        """Wait until every node works and is registered."""
+        for node in self.nodes:
+            if not node.alive:
+                node.start()
+        for node in self.nodes:
+            node.wait_ready(timeout)
+        pids: Callable[[], bool] = lambda: (  # noqa: E731
+            sorted(worker.name for worker in self.producer.affinity.workers())
+            == sorted(worker.name for worker in self.workers)
+        )
+        wait_until(pids, timeout, "exactly the living workers in the ledger")
+        wait_until(self.leading, timeout, "a leader")
+
+    def close(self) -> None:
+        """End all."""
+        self.cluster.destroy()
+        for proxy in self.proxies:
+            proxy.close()
+
+
+def now() -> float:
+    """CLOCK_MONOTONIC, as in histories."""
+    return time.monotonic()
