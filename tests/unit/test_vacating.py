@@ -33,6 +33,9 @@ class Ledger:
         self.busy.append(set(busy))
         return change
 
+    def serve(self, *_: Any, **__: Any) -> None:
+        """It is not registered."""
+
     def vacate(self, _: str, token: str) -> None:
         if self.vacate_errors:
             self.vacate_errors -= 1
@@ -50,7 +53,7 @@ class EndsWhileLookedAt(Held):
 
 
 def reporter_of(ledger: Ledger, held: Held) -> Reporter:
-    reporter = Reporter(lambda: ledger, "incarnation", lambda: {"slots": 2, "queues": []}, 0.01, Lifeline())  # type: ignore[arg-type, return-value]
+    reporter = Reporter(lambda: ledger, "incarnation", lambda: {"slots": 2, "queues": [], "junk": []}, 0.01, Lifeline())  # type: ignore[arg-type, return-value]
     held.on_end = reporter.held.on_end
     reporter.held = held
     held.arrived(STAMP, None)
