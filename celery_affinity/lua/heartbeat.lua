@@ -2,8 +2,10 @@
 --
 -- KEYS[1] namespace prefix
 -- ARGV    incarnation, beat number, grace in ms, then "slot:entry:epoch:send" of each message
---         that reached the node and has not ended there
--- Returns {0} not registered (any more): what it still runs is not its own;
+--         that reached the node and has not ended there; with ":?" behind it the node does not know
+--         whether a process had taken it: it counts as held if it has started, as missing if not
+-- Returns {0} not registered (any more), or a rescue has begun, which then goes on: what it still
+--         runs is not its own;
 --         {1, sent again, taken back}
 -- A message that was dispatched longer ago than the grace, is not in the worker queue any more and
 -- has not arrived is sent again with a new send number. One that started but is no longer held at two beats is taken back.
@@ -16,8 +18,10 @@
 local inc, beat, grace = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local w = worker(inc)
 if not w then return {0} end
+local state, last_beat = unpack(redis.call('HMGET', worker_key(inc, 'info'), 'state', 'beat'))
+if state == 'leaving' then return {0} end
 redis.call('ZADD', P .. 'workers', text(NOW + w.timeout), inc)
-if redis.call('HGET', worker_key(inc, 'info'), 'beat') == beat then return {1, 0, 0} end
+if last_beat == beat then return {1, 0, 0} end
 redis.call('HSET', worker_key(inc, 'info'), 'beat', beat)
 -- Whether the worker queue still has this copy; its list is read only when something is missing.
 local lists = {}
@@ -38,9 +42,10 @@ for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
   local l = load_lease(inc, i)
   local changed, missing = false, false
   for k, o in ipairs(l.out) do
-    if not holds[table.concat({i, o.entry, l.epoch, o.send}, ':')] then
+    local name = table.concat({i, o.entry, l.epoch, o.send}, ':')
+    if not holds[name] then
       if o.token then
-        missing = true
+        missing = not holds[name .. ':?']
       elseif NOW - l.t >= grace and w.active and not queued(l, o) then
         l.x = l.x + 1
         o.send = text(l.x) .. 'r'

@@ -6,6 +6,7 @@
 --         keys to delete when it is gone (a line each), role, heartbeat timeout in ms,
 --         slots that still run something and are offered later (a line each), schema version
 -- Returns {-5, version} the ledger has a layout that this version must not touch; {1}. A repeat changes nothing but the heartbeat: an offered slot is free or leased.
+-- While a rescue of it is under way a repeat changes nothing at all, so that the rescue ends.
 -- @include base
 -- @include ring
 -- @include deliver
@@ -14,9 +15,9 @@
 local inc = ARGV[1]
 local found = other_schema(ARGV[10])
 if found then return {-5, found} end
-local known = redis.call('EXISTS', worker_key(inc, 'info')) == 1
-redis.call('ZADD', P .. 'workers', text(NOW + ARGV[8]), inc)
-if known then return {1} end
+local state = redis.call('HGET', worker_key(inc, 'info'), 'state')
+if state ~= 'leaving' then redis.call('ZADD', P .. 'workers', text(NOW + ARGV[8]), inc) end
+if state then return {1} end
 redis.call('HSET', worker_key(inc, 'info'), 'name', ARGV[2], 'state', 'active', 'depth', ARGV[3],
   'cap', ARGV[4], 'queues', ARGV[5], 'junk', ARGV[6], 'role', ARGV[7], 'timeout', ARGV[8],
   'since', text(NOW))
