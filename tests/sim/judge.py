@@ -192,7 +192,7 @@ class Judge:
         self.seen["rescued"] += 1
         self._gone(inc, answer[4])
         for run in self.runs.values():
-            if run.inc == inc and not run.settled and not run.given_up:
+            if run.inc == inc and not run.settled:
                 self.seen["runs past its lease"] += run.active
                 run.excused = run.given_up = True
 
