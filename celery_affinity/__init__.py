@@ -5,7 +5,10 @@ from celery_affinity.context import AffinityContext, current
 from celery_affinity.events import tag_acquired, tag_released
 from celery_affinity.exceptions import (
     AffinityError,
+    BuriedError,
     ConfigurationError,
+    MissingTagError,
+    OwnTagWaitError,
     SchemaVersionError,
     TagError,
     UndeclaredQueueError,
@@ -48,7 +51,10 @@ __all__ = (
     "WorkerRecord",
     # errors
     "AffinityError",
+    "BuriedError",
     "ConfigurationError",
+    "MissingTagError",
+    "OwnTagWaitError",
     "SchemaVersionError",
     "TagError",
     "UndeclaredQueueError",

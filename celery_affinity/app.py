@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from celery import Celery, signals
 
 from celery_affinity import internals
+from celery_affinity.appconf import affinity_conf
+from celery_affinity.banner import banner
 from celery_affinity.bootstep import ConsumerStep, WorkerStep
+from celery_affinity.checks import refuse_settings, warnings_of
 from celery_affinity.connection import connect, same_server
 from celery_affinity.delivery import Delivery, SameRedisDelivery
-from celery_affinity.detour import refuse_pending_queues, to_pending_queue
+from celery_affinity.detour import to_pending_queue
 from celery_affinity.evacuation import evacuate, resume
-from celery_affinity.exceptions import ConfigurationError, TagError, UndeclaredQueueError
-from celery_affinity.foreign import ForeignConsumers
+from celery_affinity.exceptions import ConfigurationError, UndeclaredQueueError
+from celery_affinity.failing import fail_buried
+from celery_affinity.foreign import ForeignConsumers, consumed_queues
 from celery_affinity.intake import no_tag
 from celery_affinity.keys import Keys
 from celery_affinity.ledger import Ledger
 from celery_affinity.message import decoded_body
 from celery_affinity.node import Node
+from celery_affinity.options import add_role_option
+from celery_affinity.remote_control import refuse_in_replies, steer
 from celery_affinity.revoking import note_revokes
 from celery_affinity.scripts import Scripts
 from celery_affinity.service import SchedulerService
@@ -64,11 +70,18 @@ class Affinity:
         self.node: Node | None = None
         self._service: SchedulerService | None = None
         self._foreign: ForeignConsumers | None = None
+        self._node_name = ""
         self._startup_error: Exception | None = None
+        self._command_line: dict[str, str] = {}
+        self._warnings: list[str] = []
         app.celery_affinity = self  # type: ignore[attr-defined]
         note_revokes(app, self._note_revoked)
+        add_role_option(app, self._take_role)
+        app.on_after_configure.connect(self._forget_settings, weak=False)
         app.steps["worker"].add(WorkerStep)
         app.steps["consumer"].add(ConsumerStep)
+        self._excluded: set[str] = set()
+        signals.celeryd_init.connect(self._on_celeryd_init, weak=False)
         signals.worker_init.connect(self._on_worker_init, weak=False)
         signals.worker_process_init.connect(self._on_process_init, weak=False)
         signals.worker_process_shutdown.connect(self._on_process_shutdown, weak=False)
@@ -78,8 +91,16 @@ class Affinity:
 
     @cached_property
     def _resolved(self) -> tuple[AffinitySettings, dict[str, str]]:
-        found, origins = resolve(_affinity_conf(self.app.conf), self._arguments)
-        return found, origins
+        conf, written = affinity_conf(self.app)
+        return resolve(conf, self._arguments, command_line=self._command_line, written=written)
+
+    def _take_role(self, role: str) -> None:
+        self._command_line["role"] = role
+        self._forget_settings()
+
+    def _forget_settings(self, **_: Any) -> None:
+        """The app is configured (anew), or the command line was read."""
+        self.__dict__.pop("_resolved", None)
 
     @property
     def settings(self) -> AffinitySettings:
@@ -216,12 +237,12 @@ class Affinity:
                 self.delivery,
                 node,
                 self._tag_of_message,
-                self._fail_buried,
+                partial(fail_buried, self.app),
             )
             self._service.start()
             service = self._service
             self._foreign = ForeignConsumers(
-                lambda seconds: self.app.control.inspect(timeout=seconds).active_queues(),
+                partial(consumed_queues, self.app),
                 self._pending_names,
                 lambda: service.leading,
             )
@@ -243,36 +264,22 @@ class Affinity:
         args, kwargs, _ = decoded_body(message, self.app.conf.accept_content)
         return derive_tag(task, args, kwargs)
 
-    def _fail_buried(self, message: Mapping[str, Any], reason: str) -> None:
-        """Whoever waits for the result of a buried message learns that there will be none."""
-        headers = message.get("headers")
-        task_id = headers.get("id") if isinstance(headers, dict) else None
-        if (
-            isinstance(headers, dict)
-            and isinstance(task_id, str)
-            and not headers.get("ignore_result")
-        ):
-            try:
-                self.app.backend.mark_as_failure(task_id, TagError(reason))
-            except Exception:
-                logger.exception("Could not store the failure of buried task %s.", task_id)
-
     def banner(self) -> str:
         """Settings that are not defaults, each with its origin, a line each."""
-        values = self.settings.model_dump()
-        lines = [f".> queues:      {', '.join(self.settings.queue_names) or '(none)'}"]
-        lines += [
-            f".> {name}: {values[name]} ({origin})"
-            for name, origin in self.origins.items()
-            if name not in ("queues", "redis_url")
-        ]
-        return "\n".join(lines)
+        return banner(self.settings, self.origins)
 
     # The worker's hooks (wired by bootstep.py)
+
+    def _on_celeryd_init(self, instance: Any, options: Mapping[str, Any], **_: Any) -> None:
+        if instance.app is self.app:
+            excluded = options.get("exclude_queues") or ()
+            self._excluded = set(excluded.split(",") if isinstance(excluded, str) else excluded)
 
     def _on_worker_init(self, sender: Any, **_: Any) -> None:
         if sender.app is not self.app:
             return
+        refuse_in_replies()
+        self._node_name = str(sender.hostname)
         try:
             self.node = self._make_node(sender)
         except Exception as error:
@@ -286,11 +293,13 @@ class Affinity:
         serves = [
             queue
             for queue in self.settings.queues
-            if selected is None or queue.name in selected or queue.pending in selected
+            if (selected is None or queue.name in selected or queue.pending in selected)
+            and not {queue.name, queue.pending} & self._excluded
         ]
         if self.settings.role == "scheduler":
             self._consume_no_pending_queue(selected)
-            serves = []
+            _ = self.redis_url  # one that cannot be used stops the start here
+            return None
         if not serves:
             logger.info(
                 "This worker serves no affinity queue (declared: %s; consumed: %s).",
@@ -299,9 +308,9 @@ class Affinity:
                 extra={"action": "serve_none"},
             )
             return None
-        affinity = {name for queue in serves for name in (queue.name, queue.pending)}
-        ordinary = bool(set(known) - affinity)
-        return Node(worker, self.settings, self.redis_url, self.delivery, serves, ordinary)
+        refuse_settings(worker)
+        self._warnings = warnings_of(worker)
+        return Node(worker, self.settings, self.redis_url, self.delivery, serves)
 
     @property
     def _pending_names(self) -> set[str]:
@@ -334,16 +343,19 @@ class Affinity:
 
     def worker_started(self) -> None:
         """The worker's pool is up."""
-        if self.node is not None:
+        role = self.settings.role
+        if self.node is not None or role == "scheduler":
             logger.info("celery_affinity\n%s", self.banner(), extra={"action": "banner"})
-        if self.node is not None and self.settings.role == "both":
-            self.start_scheduling(self.node.name)
+            if role != "worker":
+                self.start_scheduling(self._node_name)
+        for warning in self._warnings:
+            logger.warning(warning, extra={"action": "ineffective_setting"})
 
     def consumer_started(self, consumer: Any) -> None:
         """The worker (re)connected; its strategies were built anew."""
         if self.node is not None:
             self.node.consumer_started(consumer)
-        refuse_pending_queues(consumer, self._pending_names)
+        steer(consumer, self)
         for name, task in self.app.tasks.items():
             if not hasattr(task, "affinity_tag_from"):
                 continue
@@ -383,14 +395,3 @@ class Affinity:
         index = internals.pool_process_index()
         if self.node is not None and index is not None:
             self.node.open_gates(index)
-
-
-def _affinity_conf(conf: Any) -> dict[str, Any]:
-    """The ``affinity_*`` settings of an app, also ``CELERY_AFFINITY_*`` under a namespace."""
-    found: dict[str, Any] = {}
-    names = {name.lower() for name in conf.keys() if isinstance(name, str)}
-    for name in names:
-        for prefix in ("affinity_", "celery_affinity_"):
-            if name.startswith(prefix):
-                found[name[len(prefix) :]] = conf.get(name[name.index("affinity_") :])
-    return {name: value for name, value in found.items() if value is not None}

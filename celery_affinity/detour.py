@@ -9,12 +9,12 @@ twice: delivery is at least once (test_an_affinity_task_in_an_ordinary_queue_tak
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp
 
-__all__ = ("refuse_pending_queues", "to_pending_queue")
+__all__ = ("to_pending_queue",)
 
 logger = logging.getLogger(__name__)
 
@@ -77,22 +77,3 @@ def _publish(app: Any, message: Any, headers: Mapping[str, Any], pending: str) -
             content_encoding=message.content_encoding,
             **kept,
         )
-
-
-def refuse_pending_queues(consumer: Any, pending: Collection[str]) -> None:
-    """Keep ``add_consumer`` (remote control, Flower) from consuming a pending queue directly."""
-    stock: Callable[..., Any] = consumer.add_task_queue
-
-    def add_task_queue(queue: str, *args: Any, **options: Any) -> Any:
-        if queue not in pending:
-            return stock(queue, *args, **options)
-        logger.warning(
-            "Not consuming %r: it is an affinity queue, whose tasks come through the ledger. "
-            "Start a worker with -Q %s instead.",
-            queue,
-            queue,
-            extra={"action": "add_consumer_refused", "queue": queue},
-        )
-        return None
-
-    consumer.add_task_queue = add_task_queue

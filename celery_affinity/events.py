@@ -14,6 +14,6 @@ tag_acquired = Signal(name="tag_acquired", providing_args=["tag", "epoch", "queu
 #: run elsewhere already: close and drop what is this process' own, write nothing of the tag's. With
 #: threads and greenlets it may run in this process already: compare the epoch with what you opened.
 #: Sender: the queue's name. Arguments: ``tag``, ``epoch``, ``queue``, ``reason``: "empty" (no more
-#: work), "batch" (another tag's turn), "drained" (the worker stops), "lost" (taken away while
-#: the process was cut off).
+#: work), "batch" (another tag's turn), "retry" (the tag waits for an ordered retry), "drained" (the
+#: worker stops), "lost" (taken away while the process was cut off).
 tag_released = Signal(name="tag_released", providing_args=["tag", "epoch", "queue", "reason"])

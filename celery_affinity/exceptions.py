@@ -5,6 +5,9 @@ AffinityError
         UndeclaredQueueError    a task names a queue that no AffinityQueue declares
         SchemaVersionError      the ledger was written by an incompatible version
     TagError                a task without a usable tag (also a ValueError)
+        MissingTagError         a task without any
+    BuriedError             the result of a task that went to the dead letters
+    OwnTagWaitError         a task waits for one that cannot start before its own end
 """
 
 from __future__ import annotations
@@ -14,7 +17,10 @@ from click import ClickException
 
 __all__ = (
     "AffinityError",
+    "BuriedError",
     "ConfigurationError",
+    "MissingTagError",
+    "OwnTagWaitError",
     "SchemaVersionError",
     "TagError",
     "UndeclaredQueueError",
@@ -61,3 +67,32 @@ class SchemaVersionError(ConfigurationError):
 
 class TagError(AffinityError, ValueError):
     """A task without a usable tag."""
+
+
+class MissingTagError(TagError):
+    """A task without a tag, in a queue whose tasks need one."""
+
+
+class BuriedError(AffinityError):
+    """The result of a task that went to the dead letters, with the reason."""
+
+
+class OwnTagWaitError(AffinityError, RuntimeError):
+    """A task waits for one of its own tag, which can start only when it has ended.
+
+    Like Celery's own refusal of ``get()`` in a task, a RuntimeError.
+    """
+
+    def __init__(self, task_id: str, tag: str, queue: str) -> None:
+        # What it was made of, so that it comes unharmed through a result backend.
+        super().__init__(task_id, tag, queue)
+
+    def __str__(self) -> str:
+        """What was found and what to do."""
+        task_id, tag, queue = self.args
+        return (
+            f"this task waits for task {task_id}, which it has sent with its own tag {tag!r} to "
+            f"its own queue {queue!r}: that one cannot start before this one has ended, so both "
+            "would wait for ever. Let it follow instead (link, a chain, a chord, self.replace), "
+            "call its function directly, or give it another tag."
+        )

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-__all__ = ("ForeignConsumers",)
+__all__ = ("ForeignConsumers", "consumed_queues")
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,20 @@ ANSWER_SECONDS = 2.0
 
 #: Node -> its queues, as ``inspect active_queues`` gives them.
 Answers = Mapping[str, Collection[Mapping[str, Any]]]
+
+
+def consumed_queues(app: Any, seconds: float) -> Answers | None:
+    """Ask all workers of an app what they consume.
+
+    Over a connection of its own: a pooled one stays open with a read under way, and every pool
+    process that the worker forks from then on waits for that read while it closes the pool
+    (test_every_killed_child_is_noticed_at_once).
+    """
+    with app.connection_for_read() as connection:
+        answers: Answers | None = app.control.inspect(
+            timeout=seconds, connection=connection
+        ).active_queues()
+    return answers
 
 
 class ForeignConsumers:

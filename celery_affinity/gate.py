@@ -12,7 +12,8 @@ Crash windows:
 - between start and settle: the parent reports the lost process, or the worker's heartbeat stops;
   the entry goes back to the head of its tag with one delivery more
   (test_a_killed_child_gives_its_task_back, test_a_killed_workers_tags_run_elsewhere...).
-  The result may be stored already: delivery is at least once.
+  The result may be stored already: a SUCCESS is then settled and not run again
+  (test_a_task_whose_success_is_stored_does_not_run_again); else delivery is at least once.
 - a lost reply: start and settle carry a token and answer a repeat as before.
 - a process that is frozen while it asks: the answer may be older than the lease, so it asks again
   (test_a_process_that_was_frozen_while_it_asked_asks_again). Frozen after that it is the limit that
@@ -41,6 +42,7 @@ from celery_affinity.context import AffinityContext
 from celery_affinity.events import tag_acquired, tag_released
 from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp, tag_text
 from celery_affinity.scripts import Scripts
+from celery_affinity.watchdog import seconds
 
 __all__ = ("REFUSED", "Gate", "Run", "current_run")
 
@@ -62,6 +64,8 @@ class Run:
         self.token = token
         #: Messages of its own retries with their due time in ms: settled with it, not published.
         self.retry_messages: list[tuple[str, int | None]] = []
+        #: Tasks that it sent and that can start only when it has ended; see waiting.py.
+        self.own_tag_ids: set[str] = set()
 
 
 _run: ContextVar[Run | None] = ContextVar("celery_affinity_run", default=None)
@@ -77,11 +81,13 @@ class Gate:
 
     Arguments:
         connect: Makes the scripts' client; called once in each process that runs tasks.
-        refusal: Makes the tracer's answer for a refused copy.
+        refusal: Makes the tracer's answer of a text: for a refused copy, and for a stored success.
         slot: The slot that this process is, for ordinary tasks; None if slots are not processes.
         in_process: Whether tasks run in the worker's own process (threads, solo, gevent).
         ordinary: Whether ordinary tasks have to occupy a slot.
         trust_seconds: How old the permission to start may be when it arrives.
+        succeeded: Asks the result backend for the stored result's repr of a task that has
+            succeeded already; None if it has not, or nothing can be said.
     """
 
     def __init__(
@@ -96,7 +102,10 @@ class Gate:
         in_process: bool,
         ordinary: bool,
         trust_seconds: float,
+        succeeded: Callable[[str, Mapping[str, Any]], str | None] = lambda task_id, request: None,
     ) -> None:
+        self._succeeded = succeeded
+        self._began: dict[str, float] = {}
         self._trust_seconds = trust_seconds
         self._scripts = connect()
         self._refusal = refusal
@@ -111,6 +120,10 @@ class Gate:
         self._numbers = count(1)
         self._process = f"{os.getpid()}:{_started_at()}:{uuid4().hex[:8]}"
         self._reachability = Reachability(logger, f"tasks of process {os.getpid()}")
+
+    def oldest(self) -> float | None:
+        """When the oldest dispatched task that runs here began (`watchdog.seconds`), or None."""
+        return min(list(self._began.values()), default=None)
 
     def process_up(self) -> None:
         """Tell the ledger that this slot has a new process."""
@@ -191,7 +204,16 @@ class Gate:
         )
         running = _run.set(run)
         outcome = "done"
+        self._began[run.token] = seconds()
         try:
+            stored = self._succeeded(uuid, request) if stamp.attempt > 1 else None
+            if stored is not None:
+                logger.info(
+                    "Task %s has succeeded before its process was lost; it does not run again.",
+                    uuid,
+                    extra={"action": "settle_stored", "task_id": uuid},
+                )
+                return self._refusal(stored)
             answer = tracer(uuid, args, kwargs, request)
             if _asks_for_requeue(getattr(answer, "retval", None)):
                 outcome = "again"
@@ -201,9 +223,10 @@ class Gate:
                 outcome = "again"
             elif not isinstance(error, Exception):
                 outcome = ""
-                self._process_stops(stamp)
+                self._process_stops(stamp, told=_is_of_greenlets(error))
             raise
         finally:
+            del self._began[run.token]
             _run.reset(running)
             if outcome:
                 self._settle(run, queue, tag, outcome)
@@ -211,25 +234,26 @@ class Gate:
 
     def _start(self, stamp: Stamp, token: str) -> int:
         while True:
-            asked = _seconds()
+            asked = seconds()
             answer: int = self._patiently(
                 lambda: self._scripts.start(
                     stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.send, token
                 )
             )
-            if answer != 1 or _seconds() - asked < self._trust_seconds:
+            if answer != 1 or seconds() - asked < self._trust_seconds:
                 return answer
 
-    def _process_stops(self, stamp: Stamp) -> None:
-        """The task did not end, it was stopped: its parent reports what becomes of it. Without
-        processes there is nobody else to do so.
+    def _process_stops(self, stamp: Stamp, told: bool) -> None:
+        """The task did not end, it was stopped: its request reports what becomes of it. Without
+        processes it learns of a timeout only (told), and there is nobody else to do so.
         """
-        if self._in_process:
+        if self._in_process and not told:
             self._patiently(
                 lambda: self._scripts.lost(
                     stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.state
                 )
             )
+        if self._in_process:
             self._release(stamp.slot, "lost")
 
     def _settle(self, run: Run, queue: str, tag: str, outcome: str) -> None:
@@ -303,9 +327,10 @@ class Gate:
         return True
 
 
-def _seconds() -> float:
-    """A clock that also runs while the machine is suspended, where there is one."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+def _is_of_greenlets(error: BaseException) -> bool:
+    """Whether it is a timeout of greenlets: a hard time limit, or one that the task let out."""
+    modules = ("gevent.timeout", "eventlet.timeout")
+    return any(kind.__module__ in modules for kind in type(error).__mro__)
 
 
 def _asks_for_requeue(result: Any) -> bool:

@@ -6,7 +6,8 @@ it admitted in a normal shape or buried with the reason, in its place in the ord
 
 A dispatched message can come back here: kombu puts what it has read for a queue that is consumed no
 more where its producer had sent it (a stopping worker). It is dropped: its entry is in the ledger,
-which recovers it, and admitted again it would run twice.
+which recovers it, and admitted again it would run twice. So is the repeat of a message with the
+header `affinity_once` (periodic.py), by resolve.lua; only messages with that header pay for it.
 
 Crash windows: between admit and resolve the message is still the oldest of its list
 (test_a_bad_message_is_buried_with_its_reason_and_takes_no_neighbour_along); resolve compares
@@ -16,33 +17,33 @@ the message it was asked about, so a repeat or a second leader cannot touch its 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from celery_affinity.exceptions import TagError
+from celery_affinity.exceptions import MissingTagError
 from celery_affinity.message import (
+    ONCE_HEADER,
     STAMP_HEADER,
     TAG_HEADER,
     Stamp,
     due_ms,
     normalised,
+    spread_tag,
     tag_text,
 )
 from celery_affinity.scripts import Scripts
 
-__all__ = ("Intake",)
-
-logger = logging.getLogger(__name__)
+__all__ = ("Intake", "TagOf", "no_tag")
 
 #: Asks the app for the tag of a message without one; raises TagError.
 TagOf = Callable[[Mapping[str, Any]], object]
-#: Told of a buried message, as far as it could be read, with the reason.
-OnBury = Callable[[Mapping[str, Any], str], None]
 
 
 class Intake:
     """Moves messages of one affinity queue into its ledger.
+
+    Arguments:
+        spread: Whether each message without a tag is a tag of its own.
 
     Does not: know of terms; it is given the fence with each pass.
     """
@@ -56,13 +57,13 @@ class Intake:
         state: str,
         lists: Sequence[str],
         tag_of: TagOf,
-        on_bury: OnBury = lambda message, reason: None,
+        spread: bool = False,
     ) -> None:
         self._scripts = scripts
         self._state = state
         self._lists = list(lists)
         self._tag_of = tag_of
-        self._on_bury = on_bury
+        self._spread = spread
 
     def run(self, fence: str) -> tuple[int, bool]:
         """One pass. Returns (admitted, more is waiting).
@@ -72,48 +73,37 @@ class Intake:
         admitted, more, stop, raw = self._scripts.admit(self._state, fence, self._lists, self.BATCH)
         if not stop:
             return admitted, more
-        verdict, message, reason = self._judge(raw)
+        verdict = self._judge(raw)
         answer = self._scripts.resolve(self._state, fence, self._lists[stop - 1], raw, verdict)
-        if answer == 1 and reason:
-            self._report(message, reason)
         return (-1, False) if answer == -1 else (admitted + answer, True)
 
-    def _judge(self, raw: bytes) -> tuple[tuple[object, ...], Mapping[str, Any], str]:
-        """What is to be done with a message, as far as it can be read, and why it is buried."""
-        message: Mapping[str, Any] = {}
+    def _judge(self, raw: bytes) -> tuple[object, ...]:
+        """What is to be done with a message."""
         tag = ""
         try:
-            found = json.loads(raw)
-            message = found if isinstance(found, dict) else {}
-            _check_usable(found)
+            message = json.loads(raw)
+            _check_usable(message)
             if Stamp.parse(message["headers"].get(STAMP_HEADER)):
-                return ("drop",), message, ""
+                return ("drop",)
             tag = self._tag(message)
             eta = due_ms(message["headers"].get("eta"))
             kept = normalised(message, tag).encode()
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"[:1000]
-            return ("bury", reason.encode("utf-8", "replace"), tag), message, reason
-        return ("admit", kept, tag, "" if eta is None else eta), message, ""
-
-    def _report(self, message: Mapping[str, Any], reason: str) -> None:
-        headers = message.get("headers")
-        headers = headers if isinstance(headers, dict) else {}
-        logger.warning(
-            "Buried a message of the pending queue of %r, task %r, id %r: %s",
-            self._state,
-            headers.get("task"),
-            headers.get("id"),
-            reason,
-            extra={"action": "bury", "queue": self._state, "reason": reason},
-        )
-        self._on_bury(message, reason)
+            return ("bury", reason.encode("utf-8", "replace"), tag)
+        once = str(message["headers"].get(ONCE_HEADER) or "")[:200]
+        return ("admit", kept, tag, "" if eta is None else eta, once)
 
     def _tag(self, message: Mapping[str, Any]) -> str:
         for place in (message["headers"], message["properties"]):
             if place.get(TAG_HEADER) is not None:
                 return tag_text(place[TAG_HEADER])
-        return tag_text(self._tag_of(message))
+        try:
+            return tag_text(self._tag_of(message))
+        except MissingTagError:
+            if not self._spread:
+                raise
+            return spread_tag(message["headers"]["id"])
 
 
 def _check_usable(message: Any) -> None:
@@ -136,7 +126,7 @@ def _check_usable(message: Any) -> None:
 
 def no_tag(message: Mapping[str, Any]) -> object:
     """The answer for an app that cannot derive tags."""
-    raise TagError(
+    raise MissingTagError(
         f"task {message['headers'].get('task')!r} came without the header {TAG_HEADER!r}, and no "
         "affinity task of that name is known here to derive it"
     )

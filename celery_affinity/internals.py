@@ -4,7 +4,7 @@ Each touch, the probe that meets a Celery that differs, and what happens then:
 
 - `task.__trace__` is replaced by the gated tracer: `wrap_tracers`; the worker does not start.
 - `amqp.send_task_message` is wrapped to catch own retries: `settle_own_retries`; a warning, and
-  retries are published to the pending queue.
+  retries are published to the pending queue, and a wait for a task of the own tag is not refused.
 - `amqp.queues._consume_from` says what a worker consumes: `selected_queues`; no start.
 - `AsynPool._create_write_handlers`, `outbound_buffer`, `on_job_ready`, `_busy_workers`,
   `_recv_message` and their like: `slots_are_processes`; a warning, and the stock pool.
@@ -19,29 +19,34 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from billiard.process import current_process
+from celery import states
 from celery.app.trace import trace_ok_t
 from celery.concurrency import get_implementation
 from celery.concurrency.asynpool import AsynPool
 from celery.concurrency.prefork import TaskPool as PreforkPool
 from celery.worker import state as worker_state
 
+from celery_affinity.context import current
 from celery_affinity.exceptions import ConfigurationError
 from celery_affinity.gate import REFUSED, Gate, Run, current_run
-from celery_affinity.message import STAMP_HEADER, Stamp, due_ms, envelope
+from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp, due_ms, envelope
+from celery_affinity.resizing import ResizablePool, call_after_resizing
 
 __all__ = (
     "SlotTaskPool",
     "consume_worker_queues",
+    "follow_size",
     "native_thread",
     "pool_process_index",
     "refusal",
     "selected_queues",
     "settle_own_retries",
     "slots_are_processes",
+    "stored_success",
     "wrap_tracers",
 )
 
@@ -69,6 +74,19 @@ def wrap_tracers(tasks: Iterable[Any], gate: Gate) -> None:
 def refusal(marker: str) -> Any:
     """What a tracer returns for a task that ended well with this text as its result's repr."""
     return trace_ok_t(None, None, 0.0, marker)
+
+
+def stored_success(app: Any, task_id: str, request: Mapping[str, Any]) -> str | None:
+    """The repr of the result if the task's SUCCESS is stored; None if not, or nobody can tell."""
+    task = app.tasks.get(request.get("task"))
+    if task is None or task.ignore_result or request.get("ignore_result"):
+        return None
+    try:
+        meta = task.backend.get_task_meta(task_id, cache=False)
+    except Exception as error:
+        logger.debug("Could not look for the stored result of task %s: %s", task_id, error)
+        return None
+    return repr(meta.get("result")) if meta.get("status") == states.SUCCESS else None
 
 
 # Retries
@@ -109,11 +127,16 @@ class _RetryCatcher:
         return getattr(self._producer, name)
 
 
-def settle_own_retries(app: Any, pending_of: Callable[[str], str | None]) -> None:
+def settle_own_retries(
+    app: Any, pending_of: Callable[[str], str | None], exclusive: Callable[[str, str], bool]
+) -> None:
     """Make a retry inside a dispatched task part of its settle instead of a publish.
+
+    Notes too which tasks it sends that cannot start before it has ended.
 
     Arguments:
         pending_of: The pending queue of the affinity queue with that state name.
+        exclusive: Whether tasks of a tag (state name, tag) run one at a time.
     """
     amqp = app.amqp
     publish = getattr(amqp, "send_task_message", None)
@@ -131,24 +154,37 @@ def settle_own_retries(app: Any, pending_of: Callable[[str], str | None]) -> Non
         producer: Any, name: str, message: Any, *args: Any, **options: Any
     ) -> Any:
         run = current_run()
-        if run is not None and _is_own_retry(run, message, options, pending_of):
-            pending = pending_of(run.stamp.state) or ""
-            producer = _RetryCatcher(producer, run, pending, app.conf.task_serializer)
+        if run is not None and _is_for_own_queue(run, options, pending_of):
+            if _is_own_retry(run, message):
+                pending = pending_of(run.stamp.state) or ""
+                producer = _RetryCatcher(producer, run, pending, app.conf.task_serializer)
+            elif _has_own_tag(message, options, lambda tag: exclusive(run.stamp.state, tag)):
+                run.own_tag_ids.add(message.headers["id"])
         return publish(producer, name, message, *args, **options)
 
     send_task_message.celery_affinity = True  # type: ignore[attr-defined]
     amqp.send_task_message = send_task_message
 
 
-def _is_own_retry(
-    run: Run, message: Any, options: dict[str, Any], pending_of: Callable[[str], str | None]
+def _is_for_own_queue(
+    run: Run, options: dict[str, Any], pending_of: Callable[[str], str | None]
 ) -> bool:
-    headers = message.headers
-    if headers.get("id") != run.task_id or headers.get("retries") != run.retries + 1:
-        return False
     queue = options.get("queue")
     target = getattr(queue, "name", queue) or options.get("routing_key")
     return bool(target == pending_of(run.stamp.state))
+
+
+def _is_own_retry(run: Run, message: Any) -> bool:
+    headers = message.headers
+    return bool(headers.get("id") == run.task_id and headers.get("retries") == run.retries + 1)
+
+
+def _has_own_tag(message: Any, options: dict[str, Any], exclusive: Callable[[str], bool]) -> bool:
+    places = (options.get("headers") or {}, message.headers, options)
+    tag = next((place[TAG_HEADER] for place in places if place.get(TAG_HEADER) is not None), None)
+    lease = current()
+    # As the intake reads it: 1 and "1" are one tag.
+    return lease is not None and str(tag) == lease.tag and exclusive(lease.tag)
 
 
 # Queues
@@ -173,7 +209,7 @@ def consume_worker_queues(app: Any, instead_of: Iterable[str], queues: Iterable[
     known = app.amqp.queues
     pending = set(instead_of)
     if known._consume_from is None:
-        known.select([name for name in known if name not in pending])
+        known.select([name for name in known.consume_from if name not in pending])
     else:
         for name in pending & set(known._consume_from):
             known.deselect(name)
@@ -184,7 +220,7 @@ def consume_worker_queues(app: Any, instead_of: Iterable[str], queues: Iterable[
 # The pool: a slot is a process
 
 
-class SlotPool(AsynPool):  # type: ignore[misc]
+class SlotPool(ResizablePool):
     """A prefork pool in which a dispatched job runs in the process of its slot.
 
     A job whose process is busy (or being replaced) waits in a buffer of its slot, outside of
@@ -270,6 +306,11 @@ class SlotPool(AsynPool):  # type: ignore[misc]
             # process answers, which then waits 30 s for that answer to be counted.
             return
         waiting = self.slot_buffers.get(slot)
+        if waiting and slot >= self.target:
+            if self.most is None or slot >= self.most():
+                self._refuse(slot, lambda job: True)
+                return
+            self.grow(slot + 1 - self.target)
         while waiting and (waiting[0]._accepted or _is_revoked(waiting[0])):
             waiting.popleft().discard()
         if not waiting:
@@ -290,13 +331,32 @@ class SlotPool(AsynPool):  # type: ignore[misc]
     def on_job_ready(self, job: Any, i: Any, obj: Any, inqW_fd: int) -> None:
         """A process has finished a job: its slot's next one follows."""
         super().on_job_ready(job, i, obj, inqW_fd)
+        self.retire(done=job)
         proc = self._fileno_to_inq.get(inqW_fd)
         if proc is not None and self.slot_buffers.get(proc.index):
             self._feed(proc.index)
 
+    def _event_process_exit(self, hub: Any, proc: Any) -> None:
+        """A process' sentinel is readable: it is ending, or has ended.
+
+        The stock pool looks once, and where the process cannot be reaped yet, again by its timer,
+        up to 5 s later: so long the tag of its task would wait.
+        """
+        super()._event_process_exit(hub, proc)
+        self._reap_soon(hub, proc, 100)
+
+    def _reap_soon(self, hub: Any, proc: Any, tries: int) -> None:
+        if proc in self._pool and tries:
+            hub.call_later(0.02, self._reap, hub, proc, tries - 1)
+
+    def _reap(self, hub: Any, proc: Any, tries: int) -> None:
+        self.maintain_pool()
+        self._reap_soon(hub, proc, tries)
+
     def on_process_alive(self, pid: int) -> None:
         """A new process is up and takes over the jobs that wait for its slot."""
         super().on_process_alive(pid)
+        self.retire()
         proc = next((p for p in self._pool if p.pid == pid), None)
         if proc is not None:
             self._feed(proc.index)
@@ -308,13 +368,16 @@ class SlotPool(AsynPool):  # type: ignore[misc]
         """
         super().on_job_process_lost(job, pid, exitcode)
         stamp = getattr(job, "affinity_stamp", None)
-        if stamp is None:
-            return
-        for other in list(self.slot_buffers.get(stamp.slot, ())):
-            if other.affinity_stamp.epoch == stamp.epoch and not other._accepted:
-                self.slot_buffers[stamp.slot].remove(other)
-                other.discard()
-                other._set(0, (True, (0, REFUSED, 0.0)))  # what its gate would have answered
+        if stamp is not None:
+            self._refuse(stamp.slot, lambda other: other.affinity_stamp.epoch == stamp.epoch)
+
+    def _refuse(self, slot: int, which: Callable[[Any], bool]) -> None:
+        """Answer to waiting jobs what their gate would."""
+        for job in list(self.slot_buffers.get(slot, ())):
+            if which(job) and not job._accepted:
+                self.slot_buffers[slot].remove(job)
+                job.discard()
+                job._set(0, (True, (0, REFUSED, 0.0)))
 
     def flush(self) -> None:
         """The broker connection is gone: forget what no process has taken."""
@@ -356,6 +419,11 @@ class SlotTaskPool(PreforkPool):  # type: ignore[misc]
 
     _put_off = False
 
+    @property
+    def num_processes(self) -> int:
+        """The number of slots."""
+        return int(self._pool.target)
+
     def on_stop(self) -> None:
         """Join the pool; a signal handler that struck one of its steps puts that off."""
         if self._pool is not None and self._pool.in_step:
@@ -379,11 +447,14 @@ def slots_are_processes(pool_cls: Any, wanted: bool, use_eventloop: bool) -> boo
         return False
     needed = (
         "_create_write_handlers",
+        "_event_process_exit",
         "create_result_handler",
         "on_job_ready",
         "on_job_process_lost",
         "on_process_alive",
         "flush",
+        "maintain_pool",
+        "_repopulate_pool",
     )
     missing = [name for name in needed if not hasattr(AsynPool, name)]
     if not hasattr(AsynPool.ResultHandler, "_recv_message"):
@@ -397,6 +468,17 @@ def slots_are_processes(pool_cls: Any, wanted: bool, use_eventloop: bool) -> boo
             extra={"action": "fallback", "missing": missing},
         )
     return not missing
+
+
+def follow_size(pool: Any, most: Callable[[], int] | None, resized: Callable[[], None]) -> None:
+    """Tell when the pool was made to grow or shrink.
+
+    Arguments:
+        most: With autoscale how many slots there may be: the pool then grows for a slot's job.
+    """
+    call_after_resizing(pool, resized)
+    if isinstance(pool, SlotTaskPool):
+        pool._pool.most = most
 
 
 def pool_process_index() -> int | None:

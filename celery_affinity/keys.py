@@ -27,6 +27,14 @@ class Keys:
         """A key of the queue's part of the ledger."""
         return f"{self.prefix}q:{state}:{name}"
 
+    @staticmethod
+    def beat_state(app: str) -> str:
+        """What stands for a queue's name in the election of an app's beats and in its last runs.
+
+        No queue can have that name: theirs hold no double quotes.
+        """
+        return f'"beat:{app}"'
+
     def backlog(self, state: str, tag: str) -> str:
         """List: a tag's entries that are not dispatched, in order."""
         return f"{self.prefix}b:{len(state.encode())}:{state}:{tag}"

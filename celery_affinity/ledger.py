@@ -111,9 +111,9 @@ class Ledger:
             self._slot(incarnation, i, names)
             if str(i) in leases
             else SlotRecord(i, "running" if str(i) in working else "idle")
-            for i in range(int(info["cap"]))
+            for i in range(int(info.get("slots") or info["cap"]))
         )
-        states = [line.split("\t")[0] for line in info["queues"].split("\n")]
+        states = [line.split("\t")[0] for line in info["queues"].split("\n") if line]
         return WorkerRecord(
             incarnation,
             info["name"],

@@ -20,7 +20,9 @@ from kombu.serialization import dumps, loads, prepare_accept_content
 from celery_affinity.exceptions import TagError
 
 __all__ = (
+    "DUE_HEADER",
     "MAX_TAG_BYTES",
+    "ONCE_HEADER",
     "REVOKED_HEADER",
     "STAMP_HEADER",
     "TAG_HEADER",
@@ -29,6 +31,7 @@ __all__ = (
     "due_ms",
     "envelope",
     "normalised",
+    "spread_tag",
     "tag_text",
 )
 
@@ -38,6 +41,10 @@ TAG_HEADER = "identify_tag"
 STAMP_HEADER = "affinity_stamp"
 #: Header that a dispatched message has whose task is revoked.
 REVOKED_HEADER = "affinity_revoked"
+#: Header of a message that the ledger admits once, whatever its key is; the ledger takes it off.
+ONCE_HEADER = "affinity_once"
+#: Header of a periodic task: the moment for which it was due, ISO 8601 in UTC.
+DUE_HEADER = "affinity_due"
 #: Longest tag, in bytes of UTF-8.
 MAX_TAG_BYTES = 512
 
@@ -73,6 +80,14 @@ def tag_text(value: object) -> str:
             "use an id or a hash of it"
         )
     return text
+
+
+def spread_tag(task_id: str) -> str:
+    """The tag that a task without one gets: it has it for itself (``untagged="spread"``).
+
+    The prefix is known to the ledger (include/lease.lua), which remembers no slot for such a tag.
+    """
+    return tag_text(f"untagged:{task_id}")
 
 
 @dataclass(frozen=True)
@@ -150,7 +165,9 @@ def envelope(
 
 def normalised(message: Mapping[str, Any], tag: str) -> str:
     """The same message in the shape that the ledger can stamp: headers first, tag in them."""
-    headers = {key: value for key, value in message["headers"].items() if key != STAMP_HEADER}
+    # What is evacuated comes back: without the header it is not taken for a repeat.
+    own = (STAMP_HEADER, ONCE_HEADER)
+    headers = {key: value for key, value in message["headers"].items() if key not in own}
     headers[TAG_HEADER] = tag
     rest = {key: value for key, value in message.items() if key != "headers"}
     return json.dumps({"headers": headers, **rest})

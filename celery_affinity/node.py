@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -16,11 +17,15 @@ from celery_affinity.connection import check_server, connect
 from celery_affinity.delivery import Delivery
 from celery_affinity.gate import Gate
 from celery_affinity.keys import Keys
+from celery_affinity.namesake import Namesake
 from celery_affinity.reporter import Reporter
-from celery_affinity.request import bury_unknown_tasks, strategy_for
+from celery_affinity.request import requeue_unknown_tasks, strategy_for
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.topology import worker_queue, worker_queue_name
+from celery_affinity.vacancy import Vacancy
+from celery_affinity.waiting import refuse_waits_for_own_tag
+from celery_affinity.watchdog import Lifeline, Watchdog
 
 __all__ = ("Node",)
 
@@ -33,7 +38,6 @@ class Node:
     Arguments:
         worker: Celery's WorkController, at its ``worker_init`` signal.
         serves: The affinity queues named in ``-Q`` (all, without it).
-        ordinary: Whether it consumes ordinary queues beside them.
     """
 
     def __init__(
@@ -42,21 +46,19 @@ class Node:
         settings: AffinitySettings,
         url: str,
         delivery: Delivery,
-        serves: list[AffinityQueue],
-        ordinary: bool,
+        serves: Sequence[AffinityQueue],
     ) -> None:
         self.app = worker.app
         self.name = str(worker.hostname)
         self.incarnation = uuid4().hex
-        self.serves = serves
+        #: Replaced, not changed: the heartbeat's thread reads it.
+        self.serves = tuple(serves)
         self._settings = settings
         self._url = url
         self._delivery = delivery
-        self._ordinary = ordinary
         self._worker = worker
-        self.worker_queues = {
-            queue.name: worker_queue_name(queue, self.name, self.incarnation) for queue in serves
-        }
+        #: Affinity queue -> this node's worker queue, also of those that it served once.
+        self.worker_queues = {queue.name: self._worker_queue_name(queue) for queue in serves}
         self.slots_are_processes = internals.slots_are_processes(
             worker.pool_cls, settings.slot_is_process, bool(worker.use_eventloop)
         )
@@ -64,16 +66,35 @@ class Node:
             worker.pool_cls = internals.SlotTaskPool
         internals.consume_worker_queues(
             self.app,
-            [name for queue in serves for name in {queue.name, queue.pending}],
+            [name for queue in settings.queues for name in {queue.name, queue.pending}],
             [worker_queue(name) for name in self.worker_queues.values()],
         )
-        pending = {queue.state: queue.pending for queue in serves}
-        internals.settle_own_retries(self.app, pending.get)
+        pending = {queue.state: queue.pending for queue in settings.queues}
+        internals.settle_own_retries(self.app, pending.get, self._runs_alone)
+        self._lifeline = Lifeline()
+        self._namesake = Namesake(self.name, self.incarnation)
+        looks = [self._namesake.look]
+        if settings.role == "worker":
+            names = {queue.state: queue.name for queue in serves}
+            looks.append(Vacancy(names, 2 * settings.leader_ttl).look)
         self.reporter = Reporter(
-            self._scripts, self.incarnation, self._announcement, settings.heartbeat_interval
+            self._scripts,
+            self.incarnation,
+            self._announcement,
+            settings.heartbeat_interval,
+            self._lifeline,
+            looks,
         )
         self._started = False
+        self._slots = 0
         self._gate: tuple[int, Gate] | None = None
+
+    def _worker_queue_name(self, queue: AffinityQueue) -> str:
+        return worker_queue_name(queue, self.name, self.incarnation)
+
+    def _runs_alone(self, state: str, tag: str) -> bool:
+        queue = next(queue for queue in self._settings.queues if queue.state == state)
+        return queue.own_concurrencies.get(tag, queue.default_concurrency) == 1
 
     def _scripts(self, single_threaded: bool = False) -> Scripts:
         keys = Keys(self._settings.namespace)
@@ -81,8 +102,16 @@ class Node:
 
     @property
     def slots(self) -> int:
-        """Slots of this node: the size of its pool."""
-        return int(self._worker.max_concurrency or self._worker.pool.num_processes)
+        """Slots of this node: the size of its pool now, with autoscale the size it may have."""
+        pool, autoscaler = self._worker.pool, getattr(self._worker, "autoscaler", None)
+        try:
+            if autoscaler:
+                self._slots = int(autoscaler.max_concurrency)
+            else:
+                self._slots = int(pool.num_processes if pool.uses_semaphore else pool.limit)
+        except AttributeError:
+            pass  # the pool has stopped: as many as it had
+        return self._slots
 
     def _announcement(self) -> dict[str, Any]:
         single = self.slots == 1 and self._worker.pool_cls.__module__.endswith(".prefork")
@@ -114,8 +143,11 @@ class Node:
         """Put this process' gate around all tasks of the app."""
         if self._gate is None or self._gate[0] != os.getpid():
             self._gate = os.getpid(), self._make_gate(slot)
+            if self._settings.on_ledger_lost == "stop":
+                self._watch(self._gate[1])
         gate = self._gate[1]
         internals.wrap_tracers(self.app.tasks.values(), gate)
+        refuse_waits_for_own_tag()
         gate.process_up()
 
     def close_gates(self) -> None:
@@ -123,18 +155,24 @@ class Node:
         if self._gate is not None and self._gate[0] == os.getpid():
             self._gate[1].close()
 
+    def _watch(self, gate: Gate) -> None:
+        dog = Watchdog(self._lifeline, gate.oldest, self._settings.heartbeat_timeout)
+        internals.native_thread(dog.run, "affinity-watchdog")
+
     def _make_gate(self, slot: int | None) -> Gate:
         in_process = slot is None
         return Gate(
             connect=partial(self._scripts, single_threaded=not in_process),
             refusal=internals.refusal,
-            queue_names={queue.state: queue.name for queue in self.serves},
+            # All of them: a process must know also those that its node serves later.
+            queue_names={queue.state: queue.name for queue in self._settings.queues},
             node=self.name,
             incarnation=self.incarnation,
             slot=slot if self.slots_are_processes else None,
             in_process=in_process,
-            ordinary=self._ordinary,
+            ordinary=True,  # ordinary queues can be added at any time
             trust_seconds=self._settings.heartbeat_timeout / 2,
+            succeeded=partial(internals.stored_success, self.app),
         )
 
     # In the parent, on each start of its consumer
@@ -152,9 +190,13 @@ class Node:
             consumer.strategies[name] = strategy_for(
                 task, self.app, consumer, consumer.strategies[name], self.reporter, to_pool
             )
-        bury_unknown_tasks(consumer, self.reporter)
+        most = (lambda: self.slots) if getattr(self._worker, "autoscaler", None) else None
+        internals.follow_size(consumer.pool, most, self.reporter.changed)
+        requeue_unknown_tasks(consumer, self.reporter)
         if not self._started:
-            check_server(self._scripts().client, logger)
+            scripts = self._scripts()
+            check_server(scripts.client, logger)
+            self._namesake.before_registration(scripts)
         self.reporter.register()
         if self._started:
             self.reporter.reconnected()
@@ -163,17 +205,46 @@ class Node:
             internals.native_thread(self.reporter.run, "affinity-heartbeat")
         logger.info(
             "Serving %s with %d slots as %s.",
-            ", ".join(map(repr, self.worker_queues)),
+            ", ".join(repr(queue.name) for queue in self.serves) or "no affinity queue",
             self.slots,
             self.incarnation,
             extra={"action": "serve", "incarnation": self.incarnation},
         )
 
+    # In the parent, when what it serves changes (remote control)
+
+    def start_serving(self, queue: AffinityQueue, consume: Callable[[str], Any]) -> None:
+        """Become a worker of one more queue.
+
+        Arguments:
+            consume: Celery's own way to consume a queue by name, now and after reconnects.
+        """
+        if queue in self.serves:
+            return
+        name = self._worker_queue_name(queue)
+        self.worker_queues = {**self.worker_queues, queue.name: name}
+        self.serves = (*self.serves, queue)
+        self.app.amqp.queues.add(worker_queue(name))
+        consume(name)
+        self.reporter.changed()
+
+    def stop_serving(self, queue: AffinityQueue, cancel: Callable[[str], Any]) -> None:
+        """Be a worker of that queue no more: what has not started goes back, what runs ends here.
+
+        Arguments:
+            cancel: Celery's own way to stop consuming a queue, now and after reconnects.
+        """
+        if queue not in self.serves:
+            return
+        self.serves = tuple(served for served in self.serves if served is not queue)
+        cancel(self.worker_queues[queue.name])
+        self.reporter.changed()
+
     def info(self) -> dict[str, Any]:
         """For ``celery inspect stats``."""
         return {
             "incarnation": self.incarnation,
-            "queues": dict(self.worker_queues),
+            "queues": {queue.name: self.worker_queues[queue.name] for queue in self.serves},
             "slots": self.slots,
             "slot_is_process": self.slots_are_processes,
             "held": self.reporter.held.names(),

@@ -3,6 +3,13 @@
 Crash windows: a node that dies at any point stops beating and is rescued; one that was rescued
 while it was frozen learns it from its next beat, and registers anew without the slots that
 still run something (test_a_frozen_worker_starts_nothing_before_it_has_registered_anew).
+
+What a node serves and how many slots it has may change while it runs (remote control, autoscale).
+Each beat looks at both, numbers a change, and tells it to the ledger until the ledger's answer
+names it as the one in force. So a lost reply, a change made while Redis was away and a ledger that
+was restored from an older copy are made good by the next beats, and an older change that arrives
+late changes nothing (test_a_change_that_comes_late_changes_nothing_and_a_repeat_does_no_harm,
+test_a_change_is_told_until_the_ledger_has_it).
 """
 
 from __future__ import annotations
@@ -12,7 +19,7 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
@@ -22,6 +29,7 @@ from celery_affinity.connection import Reachability
 from celery_affinity.held import Held
 from celery_affinity.message import Stamp
 from celery_affinity.scripts import Scripts
+from celery_affinity.watchdog import Lifeline, seconds
 
 __all__ = ("Reporter",)
 
@@ -36,7 +44,9 @@ class Reporter:
 
     Arguments:
         connect: Makes a client; one for the heartbeat's thread, one for the caller's.
-        announcement: Keyword arguments of `Scripts.register`, made at each registration.
+        announcement: Keyword arguments of `Scripts.register`, as they are at this moment.
+        lifeline: Told of each answered heartbeat.
+        looks: Called after each beat, in the heartbeat's thread.
     """
 
     def __init__(
@@ -45,7 +55,10 @@ class Reporter:
         incarnation: str,
         announcement: Callable[[], dict[str, Any]],
         interval_seconds: float,
+        lifeline: Lifeline,
+        looks: Sequence[Callable[[Scripts], None]] = (),
     ) -> None:
+        self._lifeline = lifeline
         self.held = Held()
         self.held.on_end = self._on_end
         self._connect = connect
@@ -53,10 +66,14 @@ class Reporter:
         self._incarnation = incarnation
         self._announcement = announcement
         self._interval = interval_seconds
+        self._looks = looks
         self._beats = count(1)
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._draining = self._drained = self._stopping = False
+        #: What the numbered change says (set by the heartbeat's thread), and which one is in force.
+        self._said: object = None
+        self._change = self._in_force = 0
         self._busy_slots: set[int] = set()
         self._to_vacate: deque[int] = deque()
         self._reachability = Reachability(logger, "heartbeats")
@@ -65,7 +82,16 @@ class Reporter:
 
     def register(self) -> None:
         """Announce this incarnation (again); a repeat changes nothing."""
-        self._scripts.register(self._incarnation, **self._announcement())
+        change, announcement = self._change, self._announcement()
+        if self._said is None:
+            self._said = _changeable(announcement)
+        sent = seconds()
+        self._scripts.register(self._incarnation, **announcement, change=change)
+        self._lifeline.answered(sent)
+
+    def changed(self) -> None:
+        """The announcement is another one now: tell the ledger soon. Safe in any thread."""
+        self._wake()
 
     def reconnected(self) -> None:
         """After a broker connection was lost: have sent again what had not started."""
@@ -113,13 +139,15 @@ class Reporter:
 
     # Called for single messages, in the worker's main thread (LedgerEnds)
 
-    def discard(self, stamp: Stamp, verdict: str, reason: str = "") -> None:
-        """A dispatched message ended here without being started."""
-        self._tell(
+    def discard(self, stamp: Stamp, verdict: str, reason: str = "") -> bool:
+        """A dispatched message ended here without being started. False if it was requeued."""
+        answer = self._tell(
             lambda: self._scripts.discard(
                 stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.send, verdict, reason
             )
         )
+        # Untold, or no longer this node's: the ledger has it still, and it comes again somewhere.
+        return answer == 1 if verdict == "unknown" else True
 
     def finish(self, stamp: Stamp) -> None:
         """A running task was ended; its process is being stopped."""
@@ -159,7 +187,10 @@ class Reporter:
                     self.drain(scripts)
                 while self._to_vacate:
                     scripts.vacate(self._incarnation, f"slot:{self._to_vacate.popleft()}")
+                self._tell_changes(scripts)
                 self._beat(scripts, GRACE_MS)
+                for look in self._looks:
+                    look(scripts)
             except RedisError as error:
                 self._reachability.unanswered(error)
                 time.sleep(min(0.5, self._interval))
@@ -168,10 +199,13 @@ class Reporter:
                 time.sleep(min(0.5, self._interval))
 
     def _beat(self, scripts: Scripts, grace_ms: int) -> None:
-        registered, again, back = scripts.heartbeat(
+        sent = seconds()
+        registered, again, back, self._in_force = scripts.heartbeat(
             self._incarnation, f"{os.getpid()}.{next(self._beats)}", grace_ms, self.held.names()
         )
         self._reachability.answered()
+        if registered:
+            self._lifeline.answered(sent)
         if again or back:
             logger.warning(
                 "%d messages were lost on the way and sent again, %d tasks taken back.",
@@ -182,14 +216,40 @@ class Reporter:
         if not registered and not self._draining and not self._stopping:
             self._register_anew(scripts)
 
+    def _tell_changes(self, scripts: Scripts) -> None:
+        announcement = self._announcement()
+        if _changeable(announcement) != self._said:
+            self._said = _changeable(announcement)
+            self._change += 1
+        if self._in_force >= self._change:
+            return
+        slots, queues, junk = (announcement[name] for name in ("slots", "queues", "junk"))
+        back = scripts.serve(self._incarnation, self._change, slots=slots, queues=queues, junk=junk)
+        if back is None:
+            return  # not registered (any more): the next beat finds out
+        self._in_force = self._change
+        logger.info(
+            "Now serving %s with %d slots; %d tasks went back to the head of their tags.",
+            ", ".join(repr(state) for state, _, _ in queues) or "no affinity queue",
+            slots,
+            back,
+            extra={"action": "serve", "slots": slots, "entries": back},
+        )
+
     def _register_anew(self, scripts: Scripts) -> None:
         logger.warning(
             "This worker was given up as lost; it registers anew. What it still runs may run "
             "elsewhere too.",
             extra={"action": "register_anew"},
         )
+        self._lifeline.given_up()
         self._busy_slots = self.held.running_slots()
-        scripts.register(self._incarnation, **self._announcement(), busy=sorted(self._busy_slots))
+        sent = seconds()
+        change, announcement = self._change, self._announcement()
+        self._in_force = scripts.register(
+            self._incarnation, **announcement, busy=sorted(self._busy_slots), change=change
+        )
+        self._lifeline.answered(sent)
 
     def _on_end(self, stamp: Stamp) -> None:
         if stamp.slot in self._busy_slots:
@@ -206,3 +266,7 @@ class Reporter:
     def _clear_wake(self) -> None:
         if select.select([self._reader], [], [], 0)[0]:
             os.read(self._reader, 4096)
+
+
+def _changeable(announcement: dict[str, Any]) -> tuple[int, list[Any]]:
+    return announcement["slots"], announcement["queues"]

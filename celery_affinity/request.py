@@ -23,7 +23,7 @@ from celery_affinity.gate import REFUSED
 from celery_affinity.held import Held
 from celery_affinity.message import REVOKED_HEADER, STAMP_HEADER, Stamp
 
-__all__ = ("LedgerEnds", "bury_unknown_tasks", "strategy_for")
+__all__ = ("LedgerEnds", "requeue_unknown_tasks", "strategy_for")
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ class LedgerEnds(Protocol):
 
     held: Held
 
-    def discard(self, stamp: Stamp, verdict: str, reason: str = "") -> None:
-        """It ended without being started."""
+    def discard(self, stamp: Stamp, verdict: str, reason: str = "") -> bool:
+        """It ended without being started. False if it was requeued, for another worker."""
 
     def finish(self, stamp: Stamp) -> None:
         """It was ended while it ran; its process is being stopped."""
@@ -51,6 +51,8 @@ class DispatchedRequest:
     """Mixed over the class that Celery makes of the task's Request, for dispatched messages."""
 
     affinity_ends: LedgerEnds
+    #: Whether tasks run in this process: one over its limit has ended when that is reported.
+    affinity_in_process: bool
     id: str
     name: str
     task: Any
@@ -126,7 +128,7 @@ class DispatchedRequest:
         try:
             super().on_success(result, **kwargs)  # type: ignore[misc]
         finally:
-            self.affinity_ends.held.ended(self.affinity_stamp)
+            self._ended()
 
     def on_failure(
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
@@ -147,18 +149,23 @@ class DispatchedRequest:
                 )
                 self._vanish()
                 return
+            fail = never_requeued(self.task, super().on_failure)  # type: ignore[misc]
+        else:
+            fail = super().on_failure  # type: ignore[misc]
         try:
-            super().on_failure(exc_info, send_failed_event, return_ok)  # type: ignore[misc]
+            fail(exc_info, send_failed_event, return_ok)
         finally:
-            self.affinity_ends.held.ended(self.affinity_stamp)
+            self._ended()
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """A time limit is over; past the hard one the process is killed."""
         if not soft:
             self.affinity_ends.finish(self.affinity_stamp)
+            if self.affinity_in_process:
+                self.affinity_ends.process_lost(self.affinity_stamp)
         super().on_timeout(soft, timeout)  # type: ignore[misc]
         if not soft:
-            self.affinity_ends.held.ended(self.affinity_stamp)
+            self._ended()
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         if getattr(self, "time_start", None):
@@ -166,7 +173,7 @@ class DispatchedRequest:
         else:
             self.affinity_ends.discard(self.affinity_stamp, "settle", reason)
         super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
-        self.affinity_ends.held.ended(self.affinity_stamp)
+        self._ended()
 
     def _announce_cancelled(self, emit_retry: bool = True) -> None:
         # A cold stop: the process is killed and the node's leave gives the task back.
@@ -175,11 +182,38 @@ class DispatchedRequest:
 
     def _vanish(self) -> None:
         worker_state.task_ready(self)
+        self._ended()
+
+    def _ended(self) -> None:
+        """It has ended here. Celery has forgotten its id then, which another one may have, too: a
+        copy, a retry, a repeat. That one must be found when it is to be terminated.
+        """
         self.affinity_ends.held.ended(self.affinity_stamp)
         task_id = self.id
         original = self.affinity_ends.held.other_request(task_id, self)
         if original is not None:
             worker_state.requests[task_id] = original
+
+
+def never_requeued(task: Any, fail: Callable[..., Any]) -> Callable[..., Any]:
+    """Have Celery take the loss of a process as final: the ledger has seen to the repeats.
+
+    With `acks_late` and `reject_on_worker_lost` it would store no failure, as the broker would send
+    the message again; with `retry_on_worker_lost` it would send it again itself.
+    """
+
+    def failing(*args: Any, **options: Any) -> Any:
+        names = ("acks_late", "retry_on_worker_lost")
+        kept = {name: getattr(task, name, None) for name in names}
+        try:
+            for name in names:
+                setattr(task, name, False)
+            return fail(*args, **options)
+        finally:
+            for name, value in kept.items():
+                setattr(task, name, value)
+
+    return failing
 
 
 def strategy_for(
@@ -200,7 +234,9 @@ def strategy_for(
         app=app,
     )
     request_class = type(
-        "DispatchedRequest", (DispatchedRequest, stock_class), {"affinity_ends": ends}
+        "DispatchedRequest",
+        (DispatchedRequest, stock_class),
+        {"affinity_ends": ends, "affinity_in_process": not consumer.pool.uses_semaphore},
     )
     bucket_of = consumer.task_buckets.__getitem__
 
@@ -261,14 +297,24 @@ def strategy_for(
     return handler
 
 
-def bury_unknown_tasks(consumer: Any, ends: LedgerEnds) -> None:
-    """Tell the ledger of dispatched messages whose task this worker does not know."""
+def requeue_unknown_tasks(consumer: Any, ends: LedgerEnds) -> None:
+    """Give back dispatched messages whose task this worker does not know.
+
+    Where no worker is left that may know it, the ledger buries it and Celery's own handler tells
+    whoever waits for the result.
+    """
     stock = type(consumer).on_unknown_task
 
     def on_unknown_task(body: Any, message: Any, exc: Exception) -> None:
         stamp = Stamp.parse((message.headers or {}).get(STAMP_HEADER))
-        if stamp is not None:
-            ends.discard(stamp, "bury", f"unknown task {message.headers.get('task')!r}")
+        if stamp is not None and not ends.discard(stamp, "unknown", str(message.headers["task"])):
+            logger.warning(
+                "Task %s[%s] is unknown here; it goes to a worker that knows it.",
+                message.headers["task"],
+                message.headers.get("id"),
+                extra={"action": "requeue_unknown", "task": message.headers["task"]},
+            )
+            return
         stock(consumer, body, message, exc)
 
     consumer.on_unknown_task = on_unknown_task

@@ -1,4 +1,4 @@
-"""The scheduling of one affinity queue: campaign, and while elected admit, promote, rescue.
+"""The scheduling of one affinity queue: campaign, and while elected admit, promote, rescue, tell.
 
 Free slots and ready tags are brought together inside the scripts, in the step that makes a slot
 free or a tag ready. So the scheduler only has to let work in (intake, due entries) and to take it
@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
+from celery_affinity.burials import Burials
 from celery_affinity.connection import Reachability, check_server
 from celery_affinity.doorbell import Doorbell
 from celery_affinity.exceptions import ConfigurationError
@@ -54,6 +55,7 @@ class Scheduler:
         elector: Elector,
         intake: Intake,
         rescuer: Rescuer,
+        burials: Burials,
         doorbells: Callable[[list[str]], Doorbell],
         pending: list[str],
     ) -> None:
@@ -62,6 +64,7 @@ class Scheduler:
         self._elector = elector
         self._intake = intake
         self._rescuer = rescuer
+        self._burials = burials
         self._stopping = threading.Event()
         keys = scripts.keys
         self._arrivals = doorbells([*pending, keys.queue(queue.state, "wake")])
@@ -120,15 +123,8 @@ class Scheduler:
             self._elector.term,
             extra={"action": "elected", "queue": self._queue.name, "term": self._elector.term},
         )
-        queue = self._queue
-        limits = (
-            queue.max_batch_size,
-            queue.default_concurrency,
-            queue.max_deliveries,
-            queue.warm_tags,
-        )
-        own = queue.own_concurrencies
-        if self._scripts.configure(queue.state, self._elector.fence, limits, own) == -1:
+        queue, fence = self._queue, self._elector.fence
+        if self._scripts.configure(queue.state, fence, queue.limits, queue.own_concurrencies) == -1:
             return self._elector.concede()
         rescue_at = 0.0
         while self._elector.leading and not self._stopping.is_set():
@@ -163,9 +159,11 @@ class Scheduler:
         if admitted == -1:
             return None
         self._note_evacuated(admitted == -2)
-        promoted, due_ms = self._scripts.promote(self._queue.state, fence, PROMOTE_BATCH)
+        promoted, due_ms, untold = self._scripts.promote(self._queue.state, fence, PROMOTE_BATCH)
         if promoted == -1:
             return None
+        if untold:
+            self._burials.start(fence)
         if more or promoted == PROMOTE_BATCH:
             return 0.0
         return self._queue.scheduler_interval if due_ms < 0 else due_ms / 1000

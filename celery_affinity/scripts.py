@@ -5,8 +5,9 @@ The scripts are data in ``lua/``; a line ``-- @include name`` takes in ``lua/inc
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -38,6 +39,10 @@ def source(name: str) -> str:
 
 def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _lines(queues: Sequence[tuple[str, int, str]]) -> str:
+    return "\n".join(f"{state}\t{limit}\t{listkey}" for state, limit, listkey in queues)
 
 
 class Scripts:
@@ -109,10 +114,12 @@ class Scripts:
         """End the term at once; False if it was over."""
         return bool(self._call("resign", state, fence))
 
-    def configure(self, state: str, fence: str, limits: Sequence[int], own: dict[str, int]) -> int:
-        """Write max_batch_size, tag_concurrency, max_deliveries, warm_tags and tags' own limits."""
-        pairs = [part for item in own.items() for part in item]
-        return int(self._call("configure", state, fence, *limits, *pairs))
+    def configure(
+        self, state: str, fence: str, limits: Mapping[str, int], own: Mapping[str, int]
+    ) -> int:
+        """Write the queue's limits (names: conf in base.lua) and tags' own concurrencies."""
+        pairs = [part for item in (*limits.items(), *own.items()) for part in item]
+        return int(self._call("configure", state, fence, len(limits), *pairs))
 
     # What the leader does
 
@@ -135,10 +142,32 @@ class Scripts:
         """Admit or bury the message that `admit` stopped at; -1 not leader, 0 it is gone."""
         return int(self._call("resolve", state, fence, raw, *verdict, lists=[pending]))
 
-    def promote(self, state: str, fence: str, limit: int) -> tuple[int, int]:
-        """Returns (promoted or -1, ms until the next entry is due or -1)."""
+    def promote(self, state: str, fence: str, limit: int) -> tuple[int, int, int]:
+        """Returns (promoted or -1, ms until there is more to do or -1, untold burials)."""
         answer = self._call("promote", state, fence, limit)
-        return (-1, -1) if answer[0] == -1 else (int(answer[0]), int(answer[1]))
+        return (-1, -1, 0) if answer[0] == -1 else tuple(map(int, answer))  # type: ignore[return-value]
+
+    def untold(self, state: str, limit: int) -> list[tuple[int, str, bytes]]:
+        """Buried entries whose callers do not know yet, with reason and message. Reads only."""
+        found: Any = self.client.lrange(self.keys.queue(state, "untold"), 0, limit - 1)
+        answer = []
+        for entry in found:
+            meta: Any = self.client.hget(self.keys.queue(state, "dead"), entry)
+            raw: Any = self.client.hget(self.keys.queue(state, "deadm"), entry)
+            reason = (
+                json.loads(meta.decode("utf-8", "replace"))["reason"]
+                if meta
+                else "taken out of the dead letters"
+            )
+            answer.append((int(entry), str(reason), raw or b""))
+        return answer
+
+    def told(
+        self, state: str, fence: str, entries: Sequence[int], failed: int | None = None
+    ) -> int:
+        """Note that callers know of these burials; -1 if not the leader."""
+        postponed = "" if failed is None else failed
+        return int(self._call("told", state, fence, postponed, *entries))
 
     def revoke(self, states: Sequence[str], ids: Sequence[str]) -> int:
         """Note tasks that must not run; see revoke.lua."""
@@ -171,6 +200,21 @@ class Scripts:
             if cursor == 0:
                 return True
 
+    # What the elected beat does
+
+    def claim_run(self, state: str, fence: str, name: str, known: str, new: str, how: str) -> int:
+        """1 recorded, 0 the record is another one, -1 not elected; see claim_run.lua."""
+        return int(self._call("claim_run", state, fence, name, known, new, how))
+
+    def confirm_run(self, state: str, name: str, due: int) -> bool:
+        """The claimed run was published; see confirm_run.lua."""
+        return bool(self._call("confirm_run", state, name, due))
+
+    def forget_runs(self, state: str, fence: str, records: Sequence[tuple[str, str]]) -> int:
+        """Drop records; returns how many, -1 if not elected."""
+        pairs = [part for record in records for part in record]
+        return int(self._call("forget_runs", state, fence, *pairs))
+
     # What a node does
 
     def register(
@@ -185,30 +229,58 @@ class Scripts:
         role: str,
         timeout_ms: int,
         busy: Sequence[int] = (),
-    ) -> None:
-        """Announce an incarnation and offer its slots; see register.lua."""
-        lines = "\n".join(f"{state}\t{limit}\t{listkey}" for state, limit, listkey in queues)
+        change: int = 0,
+    ) -> int:
+        """Announce an incarnation and offer its slots; the number of the change in force."""
         answer = self._call(
             "register",
             incarnation,
             name,
             depth,
             slots,
-            lines,
+            _lines(queues),
             "\n".join(junk),
             role,
             timeout_ms,
             "\n".join(str(i) for i in busy),
             SCHEMA_VERSION,
+            change,
         )
         self._check_schema(answer)
+        return int(answer[1])
+
+    def serve(
+        self,
+        incarnation: str,
+        change: int,
+        *,
+        slots: int,
+        queues: Sequence[tuple[str, int, str]],
+        junk: Sequence[str],
+        budget: int = 100,
+    ) -> int | None:
+        """Change the queues and slots of a registered node.
+
+        Returns the entries given back; None if it is not registered, or a later change is in force.
+        """
+        back = 0
+        while True:
+            code, done, more = self._call(
+                "serve", incarnation, change, slots, _lines(queues), "\n".join(junk), budget
+            )
+            if code != 1:
+                return None
+            back += int(done)
+            if not more:
+                return back
 
     def heartbeat(
         self, incarnation: str, beat: str, grace_ms: int, held: Sequence[str]
-    ) -> tuple[bool, int, int]:
-        """Returns (registered, messages sent again, entries taken back)."""
-        answer = self._call("heartbeat", incarnation, beat, grace_ms, *held)
-        return (False, 0, 0) if answer[0] == 0 else (True, int(answer[1]), int(answer[2]))
+    ) -> tuple[bool, int, int, int]:
+        """Returns (registered, messages sent again, entries taken back, last change in force)."""
+        registered, *counts = self._call("heartbeat", incarnation, beat, grace_ms, *held)
+        again, back, change = map(int, counts or (0, 0, 0))
+        return bool(registered), again, back, change
 
     def drain(self, incarnation: str, budget: int = 100) -> int:
         """Take no more, give back what has not started; returns how many entries."""
@@ -256,9 +328,9 @@ class Scripts:
         send: str,
         verdict: str,
         reason: str = "",
-    ) -> bool:
+    ) -> int:
         """End a dispatched message that was never started; see discard.lua."""
-        return bool(self._call("discard", incarnation, slot, entry, epoch, send, verdict, reason))
+        return int(self._call("discard", incarnation, slot, entry, epoch, send, verdict, reason))
 
     def lost(self, incarnation: str, slot: int, entry: str, epoch: str, state: str) -> str:
         """What becomes of a task whose process is gone: settled, requeued or buried."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from celery_affinity.burials import Burials, Tell
 from celery_affinity.connection import connect
 from celery_affinity.delivery import Delivery
 from celery_affinity.doorbell import Doorbell
-from celery_affinity.intake import Intake, OnBury, TagOf
+from celery_affinity.intake import Intake, TagOf
 from celery_affinity.keys import Keys
 from celery_affinity.leadership import Elector, candidate_name
 from celery_affinity.rescuer import Rescuer
@@ -29,14 +30,14 @@ class SchedulerService:
         delivery: Delivery,
         node: str,
         tag_of: TagOf,
-        on_bury: OnBury,
+        tell_buried: Tell,
     ) -> None:
         self._settings = settings
         self._url = url
         self._delivery = delivery
         self._node = node
         self._tag_of = tag_of
-        self._on_bury = on_bury
+        self._tell_buried = tell_buried
         self._running: list[tuple[Scheduler, threading.Thread]] = []
 
     @property
@@ -76,8 +77,9 @@ class SchedulerService:
             scripts,
             queue,
             Elector(scripts, queue.state, candidate_name(self._node), self._settings.leader_ttl),
-            Intake(scripts, queue.state, pending, self._tag_of, self._on_bury),
+            Intake(scripts, queue.state, pending, self._tag_of, queue.untagged == "spread"),
             Rescuer(scripts, queue.state, self._settings.heartbeat_timeout),
+            Burials(scripts, queue.state, self._tell_buried),
             doorbells,
             pending,
         )

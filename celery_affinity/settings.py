@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,6 +17,9 @@ __all__ = ("AffinityQueue", "AffinitySettings", "resolve")
 
 #: A name must survive in Redis keys, in AMQP (255 bytes) and inside a JSON string as it is.
 _BAD_IN_NAME = re.compile(r'[\x00-\x1f\x7f"\\]')
+
+#: How long a retry may hold its tag with ``ordered_retries=True``.
+ORDERED_RETRY_SECONDS = 300.0
 
 Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -51,8 +54,16 @@ def _explain(
             message = f"there is no such setting; correct or remove it (known: {known})"
         elif name != "settings":
             message += f"; found {problem['input']!r:.80}"
+        else:
+            message += _mentioned(message, origins)
         lines.append(f"{name}{origin}: {message}")
     return f"{what} cannot be used:\n  " + "\n  ".join(lines)
+
+
+def _mentioned(message: str, origins: Mapping[str, str]) -> str:
+    """Where the settings that a message names come from."""
+    named = [f"{name} is from {origin}" for name, origin in origins.items() if name in message]
+    return f" ({', '.join(named)})" if named else ""
 
 
 class AffinityQueue(BaseModel):
@@ -72,11 +83,24 @@ class AffinityQueue(BaseModel):
     tag_concurrency: Count | dict[str, Count] = 1
     #: Slots of a node that may serve this queue; None: all of its pool.
     slots: Count | None = None
+    #: Seconds after which a lease passes on, while another tag waits; None: tasks alone count.
+    max_batch_seconds: Seconds | None = None
+    #: What becomes of a task that had started when its process was lost: it runs again, or, if it
+    #: must not, goes to the dead letters and its result is FAILURE.
+    on_lost: Literal["requeue", "bury"] = "requeue"
     #: Starts after which a task whose process was lost each time is buried.
     max_deliveries: Count = 3
+    #: Whether a retry keeps its place at the head of its tag, whose other tasks wait for it. A
+    #: number is for how many seconds at most, from the first retry on; True: 300. A retry that is
+    #: due later goes to the end, as without this setting.
+    ordered_retries: bool | Seconds = False
+    #: What becomes of a task without a tag: an error, or each such task is a tag of its own.
+    untagged: Literal["error", "spread"] = "error"
     #: The scheduler's longest sleep in seconds. Not a latency: arrivals wake it.
     scheduler_interval: Seconds = 1.0
-    #: Tags of which the queue remembers the slot that had them last.
+    #: Seconds that a tag waits for the slot that had it last, while another one is free.
+    warm_wait: Annotated[float, Field(ge=0, le=3600)] = 0.0
+    #: Tags of which the queue remembers the slot that had them last; warm_wait needs some.
     warm_tags: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] = 1000
     #: Celery queue that producers publish to; default: the queue's name.
     pending_queue_name: str | None = None
@@ -92,6 +116,15 @@ class AffinityQueue(BaseModel):
             raise ConfigurationError(
                 _explain(AffinityQueue, f"AffinityQueue({name!r})", error)
             ) from None
+
+    @model_validator(mode="after")
+    def _check_warmth(self) -> AffinityQueue:
+        if self.warm_wait and not self.warm_tags:
+            raise ValueError(
+                f"warm_wait ({self.warm_wait:g} s) needs warm_tags above 0: no slot is remembered "
+                "that a tag could wait for"
+            )
+        return self
 
     _names = field_validator("name", "pending_queue_name", "worker_queue_prefix", "state_prefix")(
         _check_name
@@ -113,6 +146,26 @@ class AffinityQueue(BaseModel):
         if isinstance(self.tag_concurrency, dict):
             return self.tag_concurrency.get("default", 1)
         return self.tag_concurrency
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What the ledger's scripts go by."""
+        return {
+            "max_batch_size": self.max_batch_size,
+            "batch_ms": int((self.max_batch_seconds or 0) * 1000),
+            "tag_concurrency": self.default_concurrency,
+            "bury_lost": int(self.on_lost == "bury"),
+            "max_deliveries": self.max_deliveries,
+            "ordered": int(self._ordered_seconds * 1000),
+            "warm_wait": int(self.warm_wait * 1000),
+            "warm_tags": self.warm_tags,
+        }
+
+    @property
+    def _ordered_seconds(self) -> float:
+        if isinstance(self.ordered_retries, bool):
+            return ORDERED_RETRY_SECONDS if self.ordered_retries else 0.0
+        return self.ordered_retries
 
     @property
     def own_concurrencies(self) -> dict[str, int]:
@@ -140,6 +193,9 @@ class AffinitySettings(BaseModel):
     heartbeat_interval: Seconds = 2.0
     #: A worker that did not report for so long is lost, and what it held runs elsewhere.
     heartbeat_timeout: Seconds = 10.0
+    #: What becomes of running tasks when a worker's heartbeats do not get through: they finish, or
+    #: their process is killed before the lease passes on (without processes: the worker).
+    on_ledger_lost: Literal["finish", "stop"] = "finish"
     #: On prefork, run all tasks of a lease in one pool process.
     slot_is_process: bool = True
 
@@ -197,23 +253,46 @@ def _refuse_typos(environ: Mapping[str, str]) -> None:
             )
 
 
-def _queues_from_conf(value: Any) -> Any:
+def _refuse_queues(environ: Mapping[str, str]) -> None:
+    if "AFFINITY_QUEUES" in environ:
+        raise ConfigurationError(
+            "the environment has AFFINITY_QUEUES, but queues are declared by "
+            "Affinity(app, queues=[...]) or by affinity_queues in the app's settings: remove it"
+        )
+
+
+def _queues(value: Any, origin: str) -> Any:
     if not isinstance(value, Mapping):
         return value
-    return tuple(AffinityQueue(name, **dict(options)) for name, options in value.items())
+    found = []
+    for name, options in value.items():
+        if not isinstance(name, str) or not isinstance(options, Mapping):
+            raise ConfigurationError(
+                f"{origin} cannot be used: found {name!r}: {options!r:.80}, expected a queue's "
+                f'name and its settings, such as {{"invoices": {{"max_batch_size": 10}}}}'
+            )
+        try:
+            found.append(AffinityQueue(name, **options))
+        except (ConfigurationError, TypeError) as error:
+            raise ConfigurationError(f"{origin}: {error}") from None
+    return tuple(found)
 
 
 def resolve(
     conf: Mapping[str, Any],
     arguments: Mapping[str, Any],
     environ: Mapping[str, str] | None = None,
+    command_line: Mapping[str, Any] | None = None,
+    written: Mapping[str, str] | None = None,
 ) -> tuple[AffinitySettings, dict[str, str]]:
-    """Merge the sources: environment over arguments over ``app.conf`` over defaults.
+    """Merge the sources: command line over environment over arguments over ``app.conf``.
 
     Arguments:
         conf: The app's ``affinity_*`` settings, without the prefix.
         arguments: What ``Affinity(app, ...)`` was given.
         environ: Environment; ``AFFINITY_<NAME>`` sets ``<name>``.
+        command_line: What ``--affinity-<name>`` was given.
+        written: For settings of `conf`, where the user wrote them; ``app.conf.affinity_<name>``.
 
     Returns:
         The settings, and for each that is not a default where it came from.
@@ -223,23 +302,25 @@ def resolve(
     """
     environ = os.environ if environ is None else environ
     _refuse_typos(environ)
+    _refuse_queues(environ)
+    in_environment = {
+        name: environ[f"AFFINITY_{name.upper()}"]
+        for name in AffinitySettings.model_fields
+        if f"AFFINITY_{name.upper()}" in environ
+    }
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for source, found in (
-        ("app.conf.affinity_", conf),
-        ("Affinity(...) ", arguments),
-        (
-            "AFFINITY_",
-            {
-                n: environ[f"AFFINITY_{n.upper()}"]
-                for n in AffinitySettings.model_fields
-                if n != "queues" and f"AFFINITY_{n.upper()}" in environ
-            },
-        ),
-    ):
+    sources: list[tuple[Mapping[str, Any], Callable[[str], str]]] = [
+        (conf, lambda name: (written or {}).get(name, f"app.conf.affinity_{name}")),
+        (arguments, lambda name: f"Affinity(...) {name}"),
+        (in_environment, lambda name: f"AFFINITY_{name.upper()}"),
+        (command_line or {}, lambda name: f"--affinity-{name.replace('_', '-')}"),
+    ]
+    for found, origin_of in sources:
         for name, value in found.items():
-            values[name] = _queues_from_conf(value) if name == "queues" else value
-            origins[name] = source + (name.upper() if source == "AFFINITY_" else name)
+            values[name], origins[name] = value, origin_of(name)
+    if "queues" in values:
+        values["queues"] = _queues(values["queues"], origins["queues"])
     try:
         return AffinitySettings(**values), origins
     except ValidationError as error:

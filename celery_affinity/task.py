@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from celery import shared_task
+from celery.utils import uuid
 
 from celery_affinity import context
 from celery_affinity.context import AffinityContext
-from celery_affinity.exceptions import TagError, UndeclaredQueueError
-from celery_affinity.message import TAG_HEADER, tag_text
+from celery_affinity.exceptions import MissingTagError, TagError, UndeclaredQueueError
+from celery_affinity.message import TAG_HEADER, spread_tag, tag_text
 from celery_affinity.settings import AffinitySettings
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def derive_tag(task: Any, args: Any, kwargs: Any) -> str:
     """
     tag_from = getattr(task, "affinity_tag_from", None)
     if tag_from is None:
-        raise TagError(
+        raise MissingTagError(
             f"task {task.name!r} was called without a tag: pass apply_async(..., identify_tag=...) "
             "or declare @affinity_task(tag_from=...)"
         )
@@ -78,6 +79,11 @@ def derive_tag(task: Any, args: Any, kwargs: Any) -> str:
     found = (
         tag_from(*args, **kwargs) if callable(tag_from) else _argument(task, tag_from, args, kwargs)
     )
+    if found is None:
+        raise MissingTagError(
+            f"task {task.name!r}: its tag_from yields None for this call: pass "
+            "apply_async(..., identify_tag=...)"
+        )
     try:
         return tag_text(found)
     except TagError as error:
@@ -85,11 +91,20 @@ def derive_tag(task: Any, args: Any, kwargs: Any) -> str:
         raise TagError(f"task {task.name!r}, {source}: {error}") from None
 
 
-def _tag_of_call(task: Any, args: Any, kwargs: Any, explicit: object, headers: Any) -> str:
+def _tag_of_call(
+    task: Any, args: Any, kwargs: Any, explicit: object, headers: Any, options: dict[str, Any]
+) -> str:
+    """The tag of a call; of an untagged one that may be spread by the id that it then gets."""
     if explicit is None and headers:
         explicit = headers.get(TAG_HEADER)
     if explicit is None:
-        return derive_tag(task, args, kwargs)
+        try:
+            return derive_tag(task, args, kwargs)
+        except MissingTagError:
+            if not _is_spread(task, args, kwargs, options.get("queue")):
+                raise
+            options["task_id"] = options.get("task_id") or uuid()
+            return spread_tag(options["task_id"])
     try:
         return tag_text(explicit)
     except TagError as error:
@@ -117,6 +132,14 @@ def pending_queue(task: Any, settings: AffinitySettings, args: Any, kwargs: Any,
     raise UndeclaredQueueError(str(name), settings.queue_names, task.name)
 
 
+def _is_spread(task: Any, args: Any, kwargs: Any, queue: Any) -> bool:
+    bound = _affinity_of(task)
+    if bound is None:
+        return False
+    pending = pending_queue(task, bound.settings, args, kwargs, queue)
+    return any(q.pending == pending and q.untagged == "spread" for q in bound.settings.queues)
+
+
 # The following become attributes of the task's class, above the app's or the user's base.
 
 
@@ -130,7 +153,22 @@ def _apply_async(
     queue: Any = None,
     **options: Any,
 ) -> Any:
-    tag = _tag_of_call(self, args, kwargs, identify_tag, headers)
+    options = _tagged(self, args, kwargs, identify_tag, headers, queue, options)
+    return super(type(self), self).apply_async(args, kwargs, *positional, **options)
+
+
+def _tagged(
+    self: Any,
+    args: Any,
+    kwargs: Any,
+    identify_tag: object,
+    headers: Any,
+    queue: Any,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """The options of a call with its tag and the queue to publish to. Repeats change nothing."""
+    options = {**options, "queue": queue}
+    tag = _tag_of_call(self, args, kwargs, identify_tag, headers, options)
     options["headers"] = {**(headers or {}), TAG_HEADER: tag}
     bound = _affinity_of(self)
     addressed = options.get("routing_key") is not None and options.get("exchange") is not None
@@ -139,9 +177,39 @@ def _apply_async(
             queue = pending_queue(self, bound.settings, args, kwargs, queue)
         elif queue is None:
             queue = self.affinity_queue
-    if queue is not None:
-        options["queue"] = queue
-    return super(type(self), self).apply_async(args, kwargs, *positional, **options)
+    options["queue"] = queue
+    if queue is None:
+        del options["queue"]
+    return options
+
+
+def _apply_async_on_commit(self: Any) -> Callable[..., Any]:
+    """Django's: send when the transaction commits. What is wrong with the call is said at once.
+
+    Raises:
+        AttributeError: If the app is not Django's.
+    """
+    on_commit: Callable[..., Any] = super(type(self), self).apply_async_on_commit
+
+    def apply_async_on_commit(
+        args: Any = None,
+        kwargs: Any = None,
+        *positional: Any,
+        identify_tag: object = None,
+        headers: Any = None,
+        queue: Any = None,
+        **options: Any,
+    ) -> Any:
+        options = _tagged(self, args, kwargs, identify_tag, headers, queue, options)
+        return on_commit(args, kwargs, *positional, **options)
+
+    return apply_async_on_commit
+
+
+def _delay_on_commit(self: Any) -> Callable[..., Any]:
+    """`apply_async_on_commit` with the task's arguments only."""
+    on_commit = self.apply_async_on_commit
+    return lambda *args, **kwargs: on_commit(args, kwargs)
 
 
 def _apply(
@@ -153,7 +221,7 @@ def _apply(
     headers: Any = None,
     **options: Any,
 ) -> Any:
-    tag = _tag_of_call(self, args, kwargs, identify_tag, headers)
+    tag = _tag_of_call(self, args, kwargs, identify_tag, headers, options)
     queue = str(getattr(self.affinity_queue, "name", self.affinity_queue) or "")
     here = context.enter(AffinityContext(tag, 0, 1, 1, queue, "eager", 0, 0, True))
     try:
@@ -183,6 +251,8 @@ def task_options(tag_from: TagFrom | None, queue: Any, options: dict[str, Any]) 
         "affinity_tag_from": staticmethod(tag_from) if callable(tag_from) else tag_from,
         "apply_async": _apply_async,
         "apply": _apply,
+        "apply_async_on_commit": property(_apply_async_on_commit),
+        "delay_on_commit": property(_delay_on_commit),
         "affinity": property(_affinity),
     }
 

@@ -11,12 +11,17 @@ from kombu import Exchange, Queue
 
 from celery_affinity.settings import AffinityQueue
 
-__all__ = ("RedisNames", "worker_queue", "worker_queue_name")
+__all__ = ("RedisNames", "worker_queue", "worker_queue_name", "worker_queue_prefix")
 
 
 def worker_queue_name(queue: AffinityQueue, node: str, incarnation: str) -> str:
     """Name of the Celery queue that one incarnation consumes for one affinity queue."""
-    return f"{queue.worker_queue_prefix or queue.name + '.worker'}.{node}.{incarnation[:12]}"
+    return f"{worker_queue_prefix(queue)}.{node}.{incarnation[:12]}"
+
+
+def worker_queue_prefix(queue: AffinityQueue) -> str:
+    """What the names of all worker queues of an affinity queue begin with, before a dot."""
+    return queue.worker_queue_prefix or queue.name + ".worker"
 
 
 def worker_queue(name: str) -> Queue:

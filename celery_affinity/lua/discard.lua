@@ -2,14 +2,27 @@
 --
 -- KEYS[1] namespace prefix
 -- ARGV    incarnation, slot, entry, epoch, send number, 'settle' (revoked, expired) | 'bury'
---         (unknown task, undecodable), reason
--- Returns 1 done; 0 not this caller's (any more), or it has started
+--         (undecodable), reason | 'unknown', name of the task that this worker does not know
+-- Returns 0 not this caller's (any more), or it has started; 1 done;
+--         2 requeued, for a worker that knows the task or has not tried yet (else it is buried, and
+--         the caller tells whoever waits for its result)
 -- @include base
 -- @include ring
 -- @include deliver
 -- @include lease
 -- @include match
 -- @include go_on
+
+-- Whether a worker of the queue is not known to lack the task. (Looks at 1,000 workers at most.)
+local function another_may_know(q, task)
+  for _, inc in ipairs(redis.call('ZRANGE', P .. 'workers', 0, 999)) do
+    local w = worker(inc)
+    if w and w.active and w.slots[q]
+      and redis.call('SISMEMBER', worker_key(inc, 'lacks'), task) == 0 then return true end
+  end
+  return false
+end
+
 local inc, i, entry, epoch, send = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local l, leased = load_lease(inc, i)
 if not leased or l.epoch ~= epoch then return 0 end
@@ -17,7 +30,21 @@ local k = l.out[1] and l.out[1].entry == entry and 1 or 2
 local o = l.out[k]
 if not o or o.entry ~= entry or o.send ~= send or o.token then return 0 end
 if l.cn > 1 then redis.call('SREM', queue_key(l.q, 'unst'), l.tag) end
-if ARGV[6] == 'bury' then
+if ARGV[6] == 'unknown' then
+  redis.call('SADD', worker_key(inc, 'lacks'), ARGV[7])
+  if another_may_know(l.q, ARGV[7]) then
+    redis.call('HSET', queue_key(l.q, 'needs'), l.tag, ARGV[7])
+    redis.call('HSET', queue_key(l.q, 'conf'), 'lacking', '1')
+    conf(l.q).lacking = true
+    put_back(l.q, l.tag, entry)
+    if k == 1 then drop_first(l) else l.out[2] = nil end
+    take_back(l, false)
+    l.n = l.n - 1
+    go_on(l, worker(inc))
+    return 2
+  end
+  bury(l.q, entry, l.tag, 'unknown task ' .. ARGV[7], nil, true)
+elseif ARGV[6] == 'bury' then
   bury(l.q, entry, l.tag, ARGV[7])
 else
   forget_entry(l.q, entry)

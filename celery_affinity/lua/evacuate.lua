@@ -26,7 +26,11 @@ for k = 2, #ARGV do
     local backlog = backlog_key(q, tag)
     redis.call('LREM', backlog, 1, entry)
     redis.call('ZREM', queue_key(q, 'eta'), entry .. ':' .. tag)
-    if redis.call('EXISTS', backlog) == 0 then redis.call('ZREM', queue_key(q, 'ring'), tag) end
+    if redis.call('EXISTS', backlog) == 0 then
+      redis.call('ZREM', queue_key(q, 'ring'), tag)
+      redis.call('ZREM', queue_key(q, 'hold'), tag)
+      redis.call('HDEL', queue_key(q, 'since'), tag)
+    end
     redis.call('LPUSH', stage, raw)
     forget_entry(q, entry)
     moved = moved + 1

@@ -6,10 +6,12 @@
 --         whether a process had taken it: it counts as held if it has started, as missing if not
 -- Returns {0} not registered (any more), or a rescue has begun, which then goes on: what it still
 --         runs is not its own;
---         {1, sent again, taken back}
+--         {1, sent again, taken back, number of its last change (of queues or slots) in force}
 -- A message that was dispatched longer ago than the grace, is not in the worker queue any more and
 -- has not arrived is sent again with a new send number. One that started but is no longer held at two beats is taken back.
 -- A repeat of a beat number counts no beat twice.
+-- What waits for longer than the grace behind an ordinary task goes back to the head if a slot
+-- elsewhere, or another one of a node, can take it.
 -- @include base
 -- @include ring
 -- @include deliver
@@ -18,10 +20,11 @@
 local inc, beat, grace = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local w = worker(inc)
 if not w then return {0} end
-local state, last_beat = unpack(redis.call('HMGET', worker_key(inc, 'info'), 'state', 'beat'))
-if state == 'leaving' then return {0} end
+local v = redis.call('HMGET', worker_key(inc, 'info'), 'beat', 'change', 'state')
+if v[3] == 'leaving' then return {0} end
 redis.call('ZADD', P .. 'workers', text(NOW + w.timeout), inc)
-if last_beat == beat then return {1, 0, 0} end
+local change = tonumber(v[2] or 0)
+if v[1] == beat then return {1, 0, 0, change} end
 redis.call('HSET', worker_key(inc, 'info'), 'beat', beat)
 -- Whether the worker queue still has this copy; its list is read only when something is missing.
 local lists = {}
@@ -35,6 +38,20 @@ local function queued(l, o)
   return false
 end
 
+-- Whether some slot for the queue is free, or will be as soon as a lease passes on: it has no
+-- ordinary task. (Where all have one, a waiting message keeps its turn in its slot.)
+local function another_slot(q)
+  if redis.call('ZCARD', queue_key(q, 'idle')) > 0 then return true end
+  for _, other in ipairs(redis.call('ZRANGE', P .. 'workers', 0, 31)) do
+    local o = worker(other)
+    if o and o.active and o.slots[q]
+      and redis.call('HLEN', worker_key(other, 'busy')) < o.slots[q] then return true end
+  end
+  return false
+end
+
+local ordinary = {}
+for _, i in ipairs(redis.call('HVALS', worker_key(inc, 'busy'))) do ordinary[i] = true end
 local holds = {}
 for k = 4, #ARGV do holds[ARGV[k]] = true end
 local again, back = 0, 0
@@ -46,7 +63,7 @@ for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
     if not holds[name] then
       if o.token then
         missing = not holds[name .. ':?']
-      elseif NOW - l.t >= grace and w.active and not queued(l, o) then
+      elseif NOW - l.t >= grace and w.active and serves(w, l.q, i) and not queued(l, o) then
         l.x = l.x + 1
         o.send = text(l.x) .. 'r'
         l.t = NOW
@@ -63,8 +80,13 @@ for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
     release(l, true)
     take(inc, i, w)
     match(l.q, 10)
+  elseif ordinary[i] and l.out[1] and not l.out[1].token and NOW - l.t >= grace
+    and another_slot(l.q) then
+    take_back(l, false)
+    release(l, true)
+    match(l.q, 10)
   elseif changed then
     save_lease(l)
   end
 end
-return {1, again, back}
+return {1, again, back, change}

@@ -3,7 +3,7 @@
 -- KEYS[1] namespace prefix
 -- ARGV    incarnation, slot, entry, epoch, queue
 -- Returns 'settled' it had settled before (or its lease is over); 'requeued' it runs again;
---         'buried' it had its last delivery
+--         'buried' it had its last delivery: the parent tells whoever waits for its result
 -- @include base
 -- @include ring
 -- @include deliver
@@ -15,7 +15,7 @@ if not leased or l.epoch ~= epoch or not l.out[1] or l.out[1].entry ~= entry the
   return redis.call('HEXISTS', queue_key(ARGV[5], 'dead'), entry) == 1 and 'buried' or 'settled'
 end
 -- The lease ends with the process: what is dispatched to its successor has a new epoch.
-take_back(l, true)
+take_back(l, true, true)
 release(l, true)
 local w = worker(inc)
 if w then take(inc, i, w) end

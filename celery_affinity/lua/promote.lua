@@ -1,8 +1,10 @@
--- promote: what is due moves to the end of its tag's backlog, and free slots get work.
+-- promote: what is due moves to the end of its tag's backlog, tags whose ordered retry is due go
+-- back to the ring, and free slots get work.
 --
 -- KEYS[1] namespace prefix
 -- ARGV    queue, fence, how many at most
--- Returns {-1} not the leader; {promoted, ms until the next is due or -1}
+-- Returns {-1} not the leader; {promoted, ms until there is more to do or -1, buried entries whose
+--         callers are to be told (told.lua)}
 -- A due entry is numbered anew: it joins the order of its tag now, not when it was sent.
 -- @include base
 -- @include fence
@@ -14,7 +16,8 @@
 local q, fence, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
 if not in_term(q, fence) then return {-1} end
 redis.call('DEL', queue_key(q, 'wake'))
-if conf(q).stopped then return {0, -1} end
+local untold = redis.call('LLEN', queue_key(q, 'untold'))
+if conf(q).stopped then return {0, -1, untold} end
 local eta, messages = queue_key(q, 'eta'), queue_key(q, 'm')
 local due = redis.call('ZRANGEBYSCORE', eta, '-inf', text(NOW), 'LIMIT', 0, limit)
 for _, member in ipairs(due) do
@@ -27,7 +30,21 @@ for _, member in ipairs(due) do
     awaken(q, tag)
   end
 end
-match(q, 100)
-local following = redis.call('ZRANGE', eta, 0, 0, 'WITHSCORES')
-if not following[2] then return {#due, -1} end
-return {#due, math.max(0, tonumber(following[2]) - NOW)}
+local waits = {eta}
+if conf(q).ordered > 0 then
+  local hold = queue_key(q, 'hold')
+  for _, tag in ipairs(redis.call('ZRANGEBYSCORE', hold, '-inf', text(NOW), 'LIMIT', 0, limit)) do
+    redis.call('ZREM', hold, tag)
+    enlist(q, tag)
+  end
+  waits[2] = hold
+end
+local soonest = match(q, 100, true)
+for _, key in ipairs(waits) do
+  local following = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
+  if following[2] then
+    local left = math.max(0, tonumber(following[2]) - NOW)
+    soonest = math.min(soonest or left, left)
+  end
+end
+return {#due, soonest or -1, untold}

@@ -4,8 +4,11 @@
 -- ARGV    incarnation, node name, messages out per lease, number of slots,
 --         queues as lines "queue TAB slots it may use TAB worker queue's list",
 --         keys to delete when it is gone (a line each), role, heartbeat timeout in ms,
---         slots that still run something and are offered later (a line each), schema version
--- Returns {-5, version} the ledger has a layout that this version must not touch; {1}. A repeat changes nothing but the heartbeat: an offered slot is free or leased.
+--         slots that still run something and are offered later (a line each), schema version,
+--         number of the change (of queues or slots) that this announcement has in it
+-- Returns {-5, version} the ledger has a layout that this version must not touch;
+--         {1, number of the change that is in force}. A repeat changes nothing but the heartbeat: an
+--         offered slot is free or leased. (A later change is told by serve.)
 -- While a rescue of it is under way a repeat changes nothing at all, so that the rescue ends.
 -- @include base
 -- @include ring
@@ -15,11 +18,11 @@
 local inc = ARGV[1]
 local found = other_schema(ARGV[10])
 if found then return {-5, found} end
-local state = redis.call('HGET', worker_key(inc, 'info'), 'state')
-if state ~= 'leaving' then redis.call('ZADD', P .. 'workers', text(NOW + ARGV[8]), inc) end
-if state then return {1} end
+local v = redis.call('HMGET', worker_key(inc, 'info'), 'state', 'change')
+if v[1] ~= 'leaving' then redis.call('ZADD', P .. 'workers', text(NOW + ARGV[8]), inc) end
+if v[1] then return {1, tonumber(v[2] or 0)} end
 redis.call('HSET', worker_key(inc, 'info'), 'name', ARGV[2], 'state', 'active', 'depth', ARGV[3],
-  'cap', ARGV[4], 'queues', ARGV[5], 'junk', ARGV[6], 'role', ARGV[7], 'timeout', ARGV[8],
+  'slots', ARGV[4], 'cap', ARGV[4], 'change', ARGV[11], 'queues', ARGV[5], 'junk', ARGV[6], 'role', ARGV[7], 'timeout', ARGV[8],
   'since', text(NOW))
 local held_back = {}
 for i in string.gmatch(ARGV[9], '[^\n]+') do
@@ -31,4 +34,4 @@ for i = 0, tonumber(ARGV[4]) - 1 do
   if not held_back[text(i)] then offer_idle(inc, text(i), w) end
 end
 for _, q in ipairs(w.queues) do match(q, 100) end
-return {1}
+return {1, tonumber(ARGV[11])}

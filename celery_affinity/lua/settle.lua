@@ -4,7 +4,7 @@
 -- ARGV    incarnation, slot, entry, epoch, start token,
 --         outcome: 'done' | 'again' (the same message to the end of its tag) | 'bury' (ARGV[7]:
 --         reason), then for each retry: its message, due time in ms or ''
--- Returns 'held' the lease goes on; 'empty' | 'batch' | 'drained' why it was released;
+-- Returns 'held' the lease goes on; 'empty' | 'batch' | 'drained' | 'retry' why it was released;
 --         'stale' the entry is not this caller's any more, nothing was changed.
 -- A repeat with the same token gets the same answer.
 -- @include base
@@ -14,6 +14,7 @@
 -- @include match
 -- @include admit_entry
 -- @include go_on
+-- @include keep_place
 local inc, i, entry, epoch, token, outcome = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local l, leased = load_lease(inc, i)
 if l.last_token == token then return l.last_answer end
@@ -29,12 +30,17 @@ else
     local raw = redis.call('HGET', queue_key(q, 'm'), entry)
     if raw then admit_entry(q, raw, tag) end
   end
+  local kept = false
   for k = 7, #ARGV, 2 do
     local eta = tonumber(ARGV[k + 1])
-    admit_entry(q, ARGV[k], tag, eta)
+    if k == 7 and keep_place(l, entry, ARGV[k], eta) then
+      kept = true
+    else
+      admit_entry(q, ARGV[k], tag, eta)
+    end
     if eta then ring_bell(q) end
   end
-  forget_entry(q, entry)
+  if not kept then forget_entry(q, entry) end
   count(q, 'settled')
 end
 drop_first(l)

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from acceptance.apps import affinity_app
 from acceptance.apps.affinity_app import make_app, work
 from harness import Cluster, LineCounter, wait_for_ends, wait_until
 from history import History
@@ -130,3 +131,22 @@ def test_a_killed_childs_slot_goes_on_with_its_tag(cluster: Cluster, history_pat
     later = [event for event in starts(history_path) if event["t"] > victim["t"]]
     assert {event["slot"] for event in later} == {victim["slot"]}
     assert victim["pid"] not in {event["pid"] for event in later}
+
+
+def test_every_killed_child_is_noticed_at_once(cluster: Cluster, history_path: Path) -> None:
+    """The stock pool may notice only by its timer, up to 5 s later."""
+    make_app(cluster.broker_url)
+    cluster.worker(
+        APP, queues="jobs", concurrency=2, environ={"AFFINITY_TEST_QUEUE": '{"max_deliveries": 99}'}
+    )
+    affinity_app.long.delay("tag", 0, 60_000)
+    delays = []
+    for number in range(8):
+        starts_are = LineCounter(history_path, '"event":"start"')
+        wait_until(lambda: starts_are() > number, what=f"start {number + 1}")  # noqa: B023
+        killed_at = time.monotonic_ns()
+        os.kill(starts(history_path)[-1]["pid"], signal.SIGKILL)
+        wait_until(lambda: starts_are() > number + 1, what="the next start")  # noqa: B023
+        delays.append((starts(history_path)[-1]["t"] - killed_at) / 1e9)
+    print("seconds from kill to start:", [round(delay, 2) for delay in delays])
+    assert max(delays) < 3, delays

@@ -238,25 +238,20 @@ def test_a_frozen_worker_registers_anew_and_loses_nothing(
     wait_for_nodes(producer.affinity, 2)
     producer.send_each(TAGS, 12, ms=50)
     wait_until(starts_are(history_path, 10), what="10 starts")
-    before = record_of(producer, frozen)
-
     frozen_at = time.monotonic()
     frozen.stop_process(tree=True)
     wait_until(lambda: len(producer.affinity.workers()) == 1, 10, "the rescue")
     rescued_at, rescued_epoch = time.monotonic(), time.time() * 1e6  # epochs are times
-    wait_for_run(history_path, lambda run: run.start / 1e9 > rescued_at and run.tag in held_tags(before))
+    wait_until(done_are(history_path, 12), 30, "the end of all tasks, elsewhere")
     frozen.cont(tree=True)
 
     wait_for_nodes(producer.affinity, 2, timeout=5)
     assert "registers anew" in frozen.log_text()
     producer.send_each(TAGS, 2, ms=50)
-    done = {(tag, seq) for tag in TAGS for seq in range(14)}
-    wait_until(
-        lambda: done <= {(run.tag, run.seq) for run in runs(history_path) if run.is_done}, 30, "all"
-    )
+    wait_until(done_are(history_path, 14), 30, "the end of the rest")
     history = History.load(history_path)
     # Declared: what ran in the frozen worker may overlap with its second run. Nothing else may.
-    cut = {id(run) for run in history.runs if is_cut(run, frozen, frozen_at, rescued_epoch)}
+    cut = {id(run) for run in history.runs if is_cut(run, frozen, rescued_at, rescued_epoch)}
     assert len(cut) <= 2, "one task for each slot"
     rest = History([run for run in history.runs if id(run) not in cut], history.submits)
     rest.assert_lawful(allow_rerun=False)
@@ -266,9 +261,15 @@ def test_a_frozen_worker_registers_anew_and_loses_nothing(
     assert anew, "it works again"
 
 
-def is_cut(run: Run, frozen: Node, frozen_at: float, rescued_epoch: float) -> bool:
-    """Whether the freeze caught this run: it has a lease from before, and was not done then."""
+def done_are(history_path: Path, count: int) -> Callable[[], bool]:
+    """Whether the first `count` tasks of each tag are done."""
+    wanted = {(tag, seq) for tag in TAGS for seq in range(count)}
+    return lambda: wanted <= {(run.tag, run.seq) for run in runs(history_path) if run.is_done}
+
+
+def is_cut(run: Run, frozen: Node, rescued_at: float, rescued_epoch: float) -> bool:
+    """Whether the freeze caught this run: it has a lease from before, and ended after."""
     ended = (run.end or 0) / 1e9
     return run.worker == frozen.name and (run.epoch or 0) < rescued_epoch and (
-        not ended or ended > frozen_at
+        not ended or ended > rescued_at
     )

@@ -80,6 +80,20 @@ WORKER = ("worker", "-Q", "jobs", "-c", "1", "-P", "solo")
             """,
             "knows the affinity task 'refused.task', but its app has no Affinity",
         ),
+        (
+            """
+            affinity = Affinity(app, queues=[AffinityQueue('jobs')])
+            app.conf.worker_disable_prefetch = True
+            """,
+            "Leave it out: the ledger sends a slot at most one message beyond",
+        ),
+        (
+            """
+            affinity = Affinity(app, queues=[AffinityQueue('jobs')])
+            app.conf.task_protocol = 1
+            """,
+            "task_protocol is 1, expected 2",
+        ),
     ],
 )
 def test_a_worker_with_settings_that_cannot_work_does_not_start(

@@ -39,11 +39,16 @@ class Bench:
         candidate: str = "leader/1",
         deliveries: int = 3,
         warm: int = 100,
+        **limits: int,
     ) -> None:
         term, _ = self.scripts.claim("q", candidate, 60_000)
         assert term
         self.fence = f"{candidate} {term}"
-        self.scripts.configure("q", self.fence, (batch, concurrency, deliveries, warm), own or {})
+        limits = {
+            "max_batch_size": batch, "tag_concurrency": concurrency, "max_deliveries": deliveries,
+            "warm_tags": warm, **limits,
+        }
+        self.scripts.configure("q", self.fence, limits, own or {})
 
     def node(self, name: str, slots: int = 1, depth: int = 1, timeout_ms: int = 60_000) -> Node:
         node = Node(self, name, f"{self.scripts.keys.prefix}wq-{name}")
@@ -67,6 +72,28 @@ class Bench:
                     [[], {}, {}], headers, {}, serializer="json", compression=None, routing_key="q"
                 )
             )
+
+    def send_untagged(self, task_id: str) -> None:
+        self.push(
+            envelope(
+                [[], {}, {}], {"id": task_id, "task": "t"}, {}, serializer="json", compression=None,
+                routing_key="q",
+            )
+        )
+
+    def retry_of(self, copy: Copy) -> str:
+        """The message that a task would publish to be retried."""
+        return envelope(
+            [[], {}, {}], {"id": copy.id, "task": "t", "identify_tag": copy.tag, "retries": 1}, {},
+            serializer="json", compression=None, routing_key="q",
+        )
+
+    def now_ms(self) -> int:
+        seconds, micros = self.client.time()
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    def promote(self) -> tuple[int, int, int]:
+        return self.scripts.promote("q", self.fence, 100)
 
     def push(self, raw: str | bytes) -> None:
         self.client.lpush(self.pending, raw)
@@ -113,6 +140,16 @@ class Copy:
             s.incarnation, s.slot, s.entry, s.epoch, token or self.token, outcome, *retries
         )
 
+    def discard(self, verdict: str, reason: str = "") -> int:
+        s = self.stamp
+        return self.node.bench.scripts.discard(
+            s.incarnation, s.slot, s.entry, s.epoch, s.send, verdict, reason
+        )
+
+    def lost(self) -> str:
+        s = self.stamp
+        return self.node.bench.scripts.lost(s.incarnation, s.slot, s.entry, s.epoch, "q")
+
     def run(self) -> str:
         assert self.start() == 1
         return self.settle()
@@ -151,7 +188,7 @@ class Node:
     def beat(self, number: int, held: list[Copy] = [], grace_ms: int = 0) -> tuple[bool, int, int]:  # noqa: B006
         return self.bench.scripts.heartbeat(
             self.name, str(number), grace_ms, [copy.stamp.held for copy in held]
-        )
+        )[:3]
 
 
 @pytest.fixture

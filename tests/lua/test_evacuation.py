@@ -67,7 +67,7 @@ def test_an_evacuated_queue_takes_nothing_in_and_dispatches_nothing_before_it_re
     bench.send("due", 1, eta="2000-01-01T00:00:00+00:00")
     assert run(bench).done
     assert bench.admit() == (-2, False)
-    assert bench.scripts.promote("q", bench.fence, 10) == (0, -1)
+    assert bench.scripts.promote("q", bench.fence, 10) == (0, -1, 0)
     bench.lead(candidate="leader/1")
     assert node.receive() is None
 

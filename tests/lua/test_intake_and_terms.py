@@ -173,10 +173,10 @@ def test_a_superseded_term_changes_nothing(bench: Bench) -> None:
     bench.send("a", 1)
     new, bench.fence = bench.fence, old
     assert bench.admit() == (-1, False)
-    assert bench.scripts.promote("q", old, 10) == (-1, -1)
+    assert bench.scripts.promote("q", old, 10) == (-1, -1, 0)
     assert bench.scripts.rescue("q", old, 10) == [-1]
     assert not bench.scripts.rebase("q", old)
-    assert bench.scripts.configure("q", old, (1, 1, 1, 1), {}) == -1
+    assert bench.scripts.configure("q", old, {"max_batch_size": 1}, {}) == -1
     assert not bench.scripts.renew("q", old, 1000)
     assert not bench.scripts.resign("q", old)
     assert bench.scripts.resolve("q", old, bench.pending, b"", ("bury", "x", "")) == -1
@@ -236,20 +236,6 @@ def test_every_script_states_its_contract() -> None:
         assert "KEYS[1]" in path.read_text() and "ARGV" in path.read_text(), path.name
         assert "Returns" in path.read_text(), path.name
         assert "'KEYS'" not in path.read_text() and "'SCAN'" not in path.read_text(), path.name
-
-
-def test_whoever_waits_for_a_buried_message_can_be_told(bench: Bench) -> None:
-    bench.lead()
-    bench.send(1.5, "float")
-    told: list[tuple[str, str]] = []
-
-    def on_bury(message, reason):
-        told.append((message["headers"]["id"], reason))
-
-    Intake(bench.scripts, "q", [bench.pending], no_tag, on_bury).run(bench.fence)
-    ((task_id, reason),) = told
-    assert task_id == "1.5-float"
-    assert "found float 1.5" in reason
 
 
 def test_a_dispatched_copy_that_comes_back_to_the_pending_queue_is_dropped(bench: Bench) -> None:

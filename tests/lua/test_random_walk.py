@@ -30,6 +30,7 @@ class World:
     starts: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     gone: set[str] = field(default_factory=set)
     beats: int = 0
+    changes: int = 1
     born: int = 0
 
     def node_up(self) -> None:
@@ -133,6 +134,20 @@ class World:
         else:
             self.bench.scripts.vacate(name, token)
 
+    def serve(self) -> None:
+        """The node's pool grows or shrinks, or it stops or starts serving the queue."""
+        name, node = self.rng.choice(list(self.nodes.items()))
+        slots = self.rng.randint(1, 4)
+        queues = [("q", slots, node.list)] if self.rng.random() < 0.7 else []
+        self._serve(name, slots, queues)
+
+    def _serve(self, name: str, slots: int, queues: list[tuple[str, int, str]]) -> None:
+        self.changes += 1
+        for change in (self.changes, self.changes, self.changes - 1):  # repeats, and one that is late
+            self.bench.scripts.serve(
+                name, change, slots=slots, queues=queues, junk=[self.nodes[name].list], budget=1
+            )
+
     def new_term(self) -> None:
         self.bench.scripts.resign("q", self.bench.fence)
         self.bench.lead(
@@ -147,7 +162,8 @@ class World:
         self.gone.add(name)
 
     def run_to_the_end(self) -> None:
-        for name in self.nodes:
+        for name, node in self.nodes.items():
+            self._serve(name, 2, [("q", 2, node.list)])
             for k in range(3):
                 self.bench.scripts.vacate(name, f"t{k}")
         for _ in range(3000):
@@ -172,7 +188,7 @@ class World:
         for name in ("att", "held", "eta", "ring", "unst"):
             assert not self.bench.client.exists(self.bench.queue_key(name)), name
         slots = sum(
-            int(self.bench.client.hget(self.bench.scripts.keys.worker(name, "info"), "cap"))
+            int(self.bench.client.hget(self.bench.scripts.keys.worker(name, "info"), "slots"))
             for name in self.nodes
         )
         assert self.bench.client.zcard(self.bench.queue_key("idle")) == slots
@@ -191,7 +207,7 @@ WALKS = (
     + ["settle"] * 6
     + ["beat"] * 3
     + ["node_up"] * 2
-    + ["lose_node", "leave", "lose_process", "occupy", "occupy", "new_term"]
+    + ["lose_node", "leave", "lose_process", "occupy", "occupy", "serve", "new_term"]
 )
 
 

@@ -33,7 +33,7 @@ class Ledger:
 
 def run(monkeypatch: pytest.MonkeyPatch, ledger: Ledger) -> Any:
     """What a dispatched message's tracer answers behind a gate that trusts 5 s."""
-    monkeypatch.setattr(gate_module, "_seconds", lambda: ledger.now)
+    monkeypatch.setattr(gate_module, "seconds", lambda: ledger.now)
     gate = Gate(
         connect=lambda: ledger,  # type: ignore[arg-type, return-value]
         refusal=lambda text: text, queue_names={}, node="w1", incarnation="inc", slot=0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from celery_affinity import AffinityQueue, ConfigurationError
+from celery_affinity.banner import banner
 from celery_affinity.settings import resolve
 
 QUEUE = AffinityQueue("invoices")
@@ -72,8 +73,33 @@ def test_odd_queue_names_are_taken(name: str) -> None:
 
 
 def test_an_unknown_setting_of_a_queue_names_the_known_ones() -> None:
-    with pytest.raises(ConfigurationError, match=r"batch_size.*known: max_batch_size"):
+    with pytest.raises(ConfigurationError, match=r"batch_size.*known: .*max_batch_size"):
         AffinityQueue("q", batch_size=3)
+
+
+@pytest.mark.parametrize(
+    "ordered, milliseconds", [(False, 0), (True, 300_000), (60, 60_000), (1, 1_000), (0.5, 500)]
+)
+def test_ordered_retries_is_a_yes_or_a_bound(ordered: float, milliseconds: int) -> None:
+    assert AffinityQueue("q", ordered_retries=ordered).limits["ordered"] == milliseconds
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"on_lost": "retry"}, "on_lost"),
+        ({"untagged": "ignore"}, "untagged"),
+        ({"ordered_retries": -1}, "ordered_retries"),
+        ({"warm_wait": -1}, "warm_wait"),
+        ({"warm_wait": 1, "warm_tags": 0}, "warm_wait .1 s. needs warm_tags above 0"),
+        ({"max_batch_seconds": 0}, "max_batch_seconds"),
+    ],
+)
+def test_a_setting_of_a_queue_that_cannot_be_meant_is_refused(
+    settings: dict[str, object], says: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        AffinityQueue("q", **settings)
 
 
 def test_settings_cannot_be_changed_afterwards() -> None:
@@ -85,3 +111,67 @@ def test_a_name_in_the_environment_that_is_nearly_a_settings_is_refused() -> Non
     with pytest.raises(ConfigurationError, match="did you mean AFFINITY_LEADER_TTL"):
         resolve({}, {}, {"AFFINITY_LEADER_TLL": "3"})
     resolve({}, {}, {"AFFINITY_MASK": "3", "AFFINITY_TEST_BROKER": "x"})
+
+
+def test_the_command_line_goes_over_the_environment() -> None:
+    settings, origins = resolve({}, {}, {"AFFINITY_ROLE": "both"}, {"role": "worker"})
+    assert (settings.role, origins) == ("worker", {"role": "--affinity-role"})
+
+
+def test_a_wrong_value_names_where_it_comes_from() -> None:
+    for sources, origin in (
+        (({"role": "boss"}, {}, {}), "app.conf.affinity_role"),
+        (({}, {"role": "boss"}, {}), r"Affinity\(...\) role"),
+        (({}, {}, {"AFFINITY_ROLE": "boss"}), "AFFINITY_ROLE"),
+        (({}, {}, {}, {"role": "boss"}), "--affinity-role"),
+        (({"role": "boss"}, {}, {}, {}, {"role": "settings.X_ROLE"}), "settings.X_ROLE"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"role \\(from {origin}\\).*'boss'"):
+            resolve(*sources)
+
+
+def test_contradictory_times_name_where_they_come_from() -> None:
+    with pytest.raises(ConfigurationError) as error:
+        resolve({"namespace": "n"}, {"heartbeat_interval": 2}, {"AFFINITY_HEARTBEAT_TIMEOUT": "3"})
+    said = str(error.value)
+    assert "heartbeat_interval is from Affinity(...) heartbeat_interval" in said
+    assert "heartbeat_timeout is from AFFINITY_HEARTBEAT_TIMEOUT" in said
+    assert "namespace" not in said
+
+
+@pytest.mark.parametrize(
+    "queues, says",
+    [
+        ({"invoices": 3}, "found 'invoices': 3, expected a queue's name and its settings"),
+        ({3: {}}, "found 3"),
+        ({"invoices": {"batch": 3}}, "batch: there is no such setting"),
+        ({"invoices": {"max_batch_size": 0}}, "max_batch_size: .*found 0"),
+        ({"invoices": {"name": "other"}}, "multiple values for argument 'name'"),
+        (["invoices"], "valid dictionary.*found 'invoices'"),
+    ],
+)
+def test_a_wrong_queue_of_the_apps_conf_names_the_setting(queues: object, says: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"(?s)settings.CELERY_AFFINITY_QUEUES.*{says}"):
+        resolve({"queues": queues}, {}, {}, {}, {"queues": "settings.CELERY_AFFINITY_QUEUES"})
+
+
+def test_queues_in_the_environment_are_refused_instead_of_ignored() -> None:
+    with pytest.raises(ConfigurationError, match="AFFINITY_QUEUES.*remove it"):
+        resolve({}, {}, {"AFFINITY_QUEUES": "invoices"})
+
+
+def test_the_banner_shows_each_setting_that_is_no_default_with_its_origin_and_no_password() -> None:
+    settings, origins = resolve(
+        {"queues": {"invoices": {"max_batch_size": 3}, "mails": {}}, "leader_ttl": 3},
+        {"redis_url": "redis://:secret@host/0"},
+        {"AFFINITY_NAMESPACE": "shop"},
+        {"role": "worker"},
+    )
+    assert banner(settings, origins).splitlines() == [
+        ".> queues: invoices(max_batch_size=3), mails (app.conf.affinity_queues)",
+        ".> leader_ttl: 3.0 (app.conf.affinity_leader_ttl)",
+        ".> redis_url: redis://:**@host/0 (Affinity(...) redis_url)",
+        ".> namespace: shop (AFFINITY_NAMESPACE)",
+        ".> role: worker (--affinity-role)",
+    ]
+    assert banner(*resolve({}, {}, {})) == ".> queues: (none)"

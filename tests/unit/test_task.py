@@ -110,7 +110,7 @@ def test_texts_ints_and_uuids_are_tags(tag) -> None:
         (1.5, "float"),
         (float("nan"), "float"),
         (b"a", "bytes"),
-        (None, "NoneType"),
+        (None, "yields None"),
         (["a"], "list"),
         ({"a": 1}, "dict"),
         ("\ud800", "lone surrogate"),

@@ -4,8 +4,9 @@
 -- from it and share its hash slot; the text of a tag or a queue is never inside the braces.
 --
 --   q:<queue>:c        hash    counters: seq, epoch, term, ring, admitted, settled, ...
---   q:<queue>:conf     hash    max_batch_size, tag_concurrency, ... (written by the leader);
---                              evac: it is stopped, revoked: some tasks are;  stage: list
+--   q:<queue>:conf     hash    max_batch_size, tag_concurrency, ... (written by the leader); evac: it
+--                              is stopped, revoked: some tasks are, lacking: some workers lack tasks
+--   q:<queue>:stage    list    messages of an evacuation under way
 --   q:<queue>:limits   hash    tag -> its own concurrency
 --   q:<queue>:m        hash    entry -> the message as the producer sent it
 --   q:<queue>:att      hash    entry -> starts that did not settle (absent: none)
@@ -15,16 +16,27 @@
 --   q:<queue>:idle     zset    "incarnation:slot" by the time since which it is free
 --   q:<queue>:eta      zset    "entry:tag" by due time (ms)
 --   q:<queue>:warm     hash    tag -> the slot that had it last;  warmz: zset, its LRU order
---   q:<queue>:dead     hash    entry -> why it was buried;  deadm: hash, its message
+--   q:<queue>:since    hash    tag in the ring -> since when (ms), with warm_wait only
+--   q:<queue>:needs    hash    tag -> task that the worker which had it last does not know
+--   q:<queue>:hold     zset    tags that wait for an ordered retry, by its due time (ms);
+--                              retrying: hash, its entry -> time of its first retry (ms)
+--   q:<queue>:dead     hash    entry -> why it was buried;  deadm: hash, its message;
+--                              untold: list, entries whose callers do not know yet
 --   q:<queue>:leader   string  "<candidate> <term>", expires
 --   q:<queue>:wake     list    doorbell of the leader;  vacant: list, doorbell of candidates
+--   q:<queue>:once     zset    keys of messages that are admitted once, until when each is kept (ms)
+--   q:"beat:<app>":... leader, vacant, c as above: the election of the beat that sends the app's
+--                              periodic tasks; runs: hash, entry -> "<due> <schedule>" of its last
+--                              run;  unsent: hash, entry -> due, claimed but not yet published
 --   b:<n>:<queue>:<tag> list   backlog: entries in order, n = length of the queue's name
 --   schema             string  version of this layout
 --   revoked            zset    task id -> how long the note is kept (ms)
 --   workers            zset    incarnation -> when its heartbeat is overdue (ms)
---   w:<inc>:info       hash    name, state, depth, cap, queues, junk, beat
+--   w:<inc>:info       hash    name, state, depth, slots, cap (most slots it ever had), queues, junk,
+--                              change (number of its last change of queues or slots), beat
 --   w:<inc>:idle       set     free slots;  leased: set;  busy: hash, token -> slot of an
---                              ordinary task ("-": owed);  owed: list of such tokens
+--                              ordinary task ("-": owed);  owed: list of such tokens;
+--                              lacks: set, names of tasks that it turned out not to know
 --   s:<inc>:<slot>     hash    the slot's lease and the answer to its last settle
 local P = KEYS[1]
 local TIME = redis.call('TIME')
@@ -56,9 +68,12 @@ local function conf(q)
   local c = CONF[q]
   if not c then
     local v = redis.call('HMGET', queue_key(q, 'conf'), 'max_batch_size', 'tag_concurrency',
-      'mapped', 'max_deliveries', 'warm_tags', 'evac', 'revoked')
+      'mapped', 'max_deliveries', 'warm_tags', 'evac', 'revoked', 'lacking', 'batch_ms', 'bury_lost',
+      'warm_wait', 'ordered')
     c = {batch = tonumber(v[1] or 10), concurrency = tonumber(v[2] or 1), mapped = v[3] == '1',
-      deliveries = tonumber(v[4] or 3), warm = tonumber(v[5] or 1000), stopped = v[6] and true, revoked = v[7] and true}
+      deliveries = tonumber(v[4] or 3), warm = tonumber(v[5] or 1000), stopped = v[6] and true,
+      revoked = v[7] and true, lacking = v[8] and true, batch_ms = tonumber(v[9] or 0),
+      bury_lost = v[10] == '1', warm_wait = tonumber(v[11] or 0), ordered = tonumber(v[12] or 0)}
     CONF[q] = c
   end
   return c
@@ -85,11 +100,11 @@ local WORKERS = {}
 local function worker(inc)
   local w = WORKERS[inc]
   if w == nil then
-    local v = redis.call('HMGET', worker_key(inc, 'info'), 'state', 'depth', 'queues', 'timeout')
+    local v = redis.call('HMGET', worker_key(inc, 'info'), 'state', 'depth', 'queues', 'timeout', 'slots')
     w = false
     if v[1] then
       w = {active = v[1] == 'active', depth = tonumber(v[2]), timeout = tonumber(v[4]),
-        queues = {}, lists = {}, slots = {}}
+        size = tonumber(v[5]), queues = {}, lists = {}, slots = {}}
       for q, slots, list in string.gmatch(v[3], '([^\t\n]+)\t([^\t\n]+)\t([^\n]+)') do
         w.queues[#w.queues + 1] = q
         w.slots[q] = tonumber(slots)
@@ -99,4 +114,9 @@ local function worker(inc)
     WORKERS[inc] = w
   end
   return w
+end
+
+-- Whether the worker lets this slot work for the queue (any more).
+local function serves(w, q, i)
+  return w.slots[q] ~= nil and tonumber(i) < w.slots[q]
 end

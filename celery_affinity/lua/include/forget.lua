@@ -25,7 +25,7 @@ local function forget_worker(inc, budget)
   local v = redis.call('HMGET', info, 'cap', 'junk')
   for i = 0, tonumber(v[1] or 0) - 1 do redis.call('DEL', slot_key(inc, i)) end
   for key in string.gmatch(v[2] or '', '[^\n]+') do redis.call('DEL', key) end
-  for _, name in ipairs({'info', 'idle', 'leased', 'busy', 'owed'}) do
+  for _, name in ipairs({'info', 'idle', 'leased', 'busy', 'owed', 'lacks'}) do
     redis.call('DEL', worker_key(inc, name))
   end
   redis.call('ZREM', P .. 'workers', inc)

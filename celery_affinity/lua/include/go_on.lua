@@ -8,8 +8,9 @@ local function go_on(l, w)
     return 'held'
   end
   local reason = 'drained'
-  if w and w.active then
-    reason = redis.call('EXISTS', backlog_key(l.q, l.tag)) == 1 and 'batch' or 'empty'
+  if w and w.active and serves(w, l.q, l.i) then
+    reason = redis.call('EXISTS', backlog_key(l.q, l.tag)) == 0 and 'empty'
+      or on_hold(l.q, l.tag) and 'retry' or 'batch'
   end
   release(l)
   if w then take(l.inc, l.i, w) end

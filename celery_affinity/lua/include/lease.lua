@@ -1,14 +1,14 @@
 -- A slot's lease: open, fill with messages, release, take back.
 
 local FIELDS = {'q', 'tag', 'epoch', 'n', 'cn', 'x', 't', 'miss', 'fin',
-  'e1', 's1', 'p1', 'k1', 'e2', 's2', 'p2', 'lt', 'lr'}
+  'e1', 's1', 'p1', 'k1', 'e2', 's2', 'p2', 'o', 'lt', 'lr'}
 
 -- The lease of a slot, or nil if the slot has none.
 local function load_lease(inc, i)
   local v = redis.call('HMGET', slot_key(inc, i), unpack(FIELDS))
   local l = {inc = inc, i = i, q = v[1], tag = v[2], epoch = v[3], n = tonumber(v[4]),
     cn = tonumber(v[5]), x = tonumber(v[6]), t = tonumber(v[7]), miss = tonumber(v[8] or 0),
-    fin = v[9], out = {}, last_token = v[17], last_answer = v[18]}
+    fin = v[9], out = {}, opened = tonumber(v[17]), last_token = v[18], last_answer = v[19]}
   if v[10] then l.out[1] = {entry = v[10], send = v[11], place = v[12], token = v[13]} end
   if v[14] then l.out[2] = {entry = v[14], send = v[15], place = v[16]} end
   return l, l.q and true or false
@@ -42,16 +42,28 @@ local function others_wait(w)
   return false
 end
 
+-- Whether a lease has had its share: max_batch_size tasks, or max_batch_seconds.
+local function is_full(l)
+  local c = conf(l.q)
+  return l.n >= c.batch or (c.batch_ms > 0 and NOW - l.opened >= c.batch_ms)
+end
+
+-- Whether a worker turned out not to know the task that this tag waits for.
+local function lacks(q, tag, inc)
+  if not conf(q).lacking then return false end
+  local task = redis.call('HGET', queue_key(q, 'needs'), tag)
+  return task and redis.call('SISMEMBER', worker_key(inc, 'lacks'), task) == 1
+end
+
 -- Dispatch entries of the lease's tag until it has its share out: two where the slot is a
--- process, one else, and one for a tag with several leases. Past max_batch_size only while no
--- other tag waits.
+-- process, one else, and one for a tag with several leases. Past its share only while no other tag waits.
 local function pump(l, w)
-  if conf(l.q).stopped then return 0 end
+  if conf(l.q).stopped or not serves(w, l.q, l.i) then return 0 end
+  if on_hold(l.q, l.tag) or lacks(l.q, l.tag, l.inc) then return 0 end
   local depth = l.cn > 1 and 1 or w.depth
-  local batch = conf(l.q).batch
   local sent = 0
   while #l.out < depth do
-    if l.n >= batch and others_wait(w) then break end
+    if is_full(l) and others_wait(w) then break end
     if l.cn > 1 and redis.call('SISMEMBER', queue_key(l.q, 'unst'), l.tag) == 1 then break end
     local entry = redis.call('LPOP', backlog_key(l.q, l.tag))
     if not entry then break end
@@ -73,9 +85,10 @@ local function pump(l, w)
   return sent
 end
 
+-- Tags that untagged tasks got (celery_affinity/message.py) never come back.
 local function remember_warm(l)
   local cap = conf(l.q).warm
-  if cap == 0 then return end
+  if cap == 0 or string.sub(l.tag, 1, 9) == 'untagged:' then return end
   redis.call('HSET', queue_key(l.q, 'warm'), l.tag, l.inc .. ':' .. l.i)
   redis.call('ZADD', queue_key(l.q, 'warmz'), text(NOW), l.tag)
   if redis.call('ZCARD', queue_key(l.q, 'warmz')) > cap then
@@ -109,18 +122,22 @@ local function open_lease(q, tag, inc, i, w)
   redis.call('HSET', queue_key(q, 'held'), tag, held and held .. ' ' .. me or me)
   redis.call('SADD', worker_key(inc, 'leased'), i)
   local l = {inc = inc, i = i, q = q, tag = tag, epoch = grow(q, 'epoch'), n = 0, x = 0,
-    cn = concurrency(q, tag), t = NOW, miss = 0, out = {}}
-  redis.call('HSET', slot_key(inc, i), 'q', q, 'tag', tag, 'epoch', l.epoch, 'cn', l.cn)
+    cn = concurrency(q, tag), t = NOW, miss = 0, out = {}, opened = NOW}
+  redis.call('HSET', slot_key(inc, i), 'q', q, 'tag', tag, 'epoch', l.epoch, 'cn', l.cn,
+    'o', text(NOW))
+  if conf(q).warm_wait > 0 then redis.call('HDEL', queue_key(q, 'since'), tag) end
   local sent = pump(l, w)
   save_lease(l)
   if sent == 0 then release(l) end
+  if sent > 0 and conf(q).lacking then redis.call('HDEL', queue_key(q, 'needs'), tag) end
   count(q, 'leases')
   return sent > 0
 end
 
 -- Give back what a lease has out, in order, to the head of its tag: the unstarted, and with
--- `started` also the one that runs, which then counts as one delivery more.
-local function take_back(l, started)
+-- `started` also the one that runs, which then counts as one delivery more. `told`: the caller
+-- tells whoever waits for one that is buried.
+local function take_back(l, started, told)
   local kept = {}
   for k = #l.out, 1, -1 do
     local o = l.out[k]
@@ -132,8 +149,11 @@ local function take_back(l, started)
       if l.fin == o.entry then
         forget_entry(l.q, o.entry)
         count(l.q, 'settled')
+      elseif o.token and conf(l.q).bury_lost then
+        bury(l.q, o.entry, l.tag, 'its process was lost after its start (on_lost)', nil, told)
       elseif starts >= conf(l.q).deliveries then
-        bury(l.q, o.entry, l.tag, 'started ' .. starts .. ' times without an end (max_deliveries)')
+        bury(l.q, o.entry, l.tag, 'started ' .. starts .. ' times without an end (max_deliveries)',
+          nil, told)
       else
         put_back(l.q, l.tag, o.entry)
         count(l.q, 'requeued')

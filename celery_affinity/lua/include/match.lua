@@ -1,9 +1,12 @@
 -- Bring free slots and ready tags together.
 
+-- Tags and slots that one step looks at to find a pair that fits.
+local LOOK = 64
+
 local function offer_idle(inc, i, w)
   redis.call('SADD', worker_key(inc, 'idle'), i)
   for _, q in ipairs(w.queues) do
-    if tonumber(i) < w.slots[q] then
+    if serves(w, q, i) then
       redis.call('ZADD', queue_key(q, 'idle'), text(NOW), inc .. ':' .. i)
     end
   end
@@ -14,14 +17,60 @@ local function withdraw_idle(inc, i, w)
   for _, q in ipairs(w.queues) do redis.call('ZREM', queue_key(q, 'idle'), inc .. ':' .. i) end
 end
 
-local function next_tag(q)
+-- Take the first tag with a backlog off the ring; its place, to put it back.
+local function pop_tag(q)
   if conf(q).stopped then return nil end
-  for _ = 1, 10 do
+  for _ = 1, LOOK do
     local popped = redis.call('ZPOPMIN', queue_key(q, 'ring'))
     if not popped[1] then return nil end
-    if redis.call('EXISTS', backlog_key(q, popped[1])) == 1 then return popped[1] end
+    if redis.call('EXISTS', backlog_key(q, popped[1])) == 1 then return popped[1], popped[2] end
+    if conf(q).warm_wait > 0 then redis.call('HDEL', queue_key(q, 'since'), popped[1]) end
   end
   return nil
+end
+
+local function put_aside(aside, tag, place)
+  aside[#aside + 1] = place
+  aside[#aside + 1] = tag
+end
+
+local function put_back_aside(q, aside)
+  if #aside > 0 then redis.call('ZADD', queue_key(q, 'ring'), unpack(aside)) end
+end
+
+-- Milliseconds until a tag that was put aside stops waiting for its warm slot, if any was.
+local PATIENCE = nil
+
+-- The slot that a tag still waits for (warm_wait), or nil.
+local function awaited_slot(q, tag)
+  if conf(q).warm_wait == 0 then return nil end
+  local warm = redis.call('HGET', queue_key(q, 'warm'), tag)
+  if not warm then return nil end
+  local inc, i = string.match(warm, '^([^:]+):(.+)$')
+  local w = worker(inc)
+  if not w or not w.active or not serves(w, q, i) then return nil end
+  local since = tonumber(redis.call('HGET', queue_key(q, 'since'), tag) or 0)
+  local left = since + conf(q).warm_wait - NOW
+  if left <= 0 then return nil end
+  PATIENCE = math.min(PATIENCE or left, left)
+  return warm
+end
+
+-- The first tag of the ring that may go to this slot.
+local function next_tag(q, inc, i)
+  local aside, found = {}, nil
+  for _ = 1, LOOK do
+    local tag, place = pop_tag(q)
+    if not tag then break end
+    local awaited = awaited_slot(q, tag)
+    if (not awaited or awaited == inc .. ':' .. i) and not lacks(q, tag, inc) then
+      found = tag
+      break
+    end
+    put_aside(aside, tag, place)
+  end
+  put_back_aside(q, aside)
+  return found
 end
 
 local function occupied(inc, i)
@@ -34,7 +83,8 @@ end
 -- Find work for a free slot, in turn over the worker's queues, or mark it as free. A slot that
 -- an ordinary task is owed goes to that one first.
 local function take(inc, i, w)
-  if not w.active or occupied(inc, i) then return end
+  local gone = w.size and tonumber(i) >= w.size
+  if not w.active or gone or occupied(inc, i) then return end
   local owed = redis.call('LPOP', worker_key(inc, 'owed'))
   if owed then
     redis.call('HSET', worker_key(inc, 'busy'), owed, i)
@@ -44,43 +94,62 @@ local function take(inc, i, w)
   if #w.queues > 1 then turn = redis.call('HINCRBY', worker_key(inc, 'info'), 'turn', 1) end
   for step = 1, #w.queues do
     local q = w.queues[(turn + step) % #w.queues + 1]
-    local tag = tonumber(i) < w.slots[q] and next_tag(q)
+    local tag = serves(w, q, i) and next_tag(q, inc, i)
+    if PATIENCE then ring_bell(q) end
     if tag and open_lease(q, tag, inc, i, w) then return end
   end
   offer_idle(inc, i, w)
 end
 
 -- The slot for a tag: the one that had it last, else with several leases one of a node that
--- holds it already, else the one that is free for the longest time.
+-- holds it already, else the one that is free for the longest time; nil if none may have it now.
 local function pick_slot(q, tag)
   local idle = queue_key(q, 'idle')
   local warm = redis.call('HGET', queue_key(q, 'warm'), tag)
-  if warm and redis.call('ZSCORE', idle, warm) then return warm end
+  if warm and redis.call('ZSCORE', idle, warm) and not lacks(q, tag, string.match(warm, '^[^:]+')) then
+    return warm
+  end
+  if awaited_slot(q, tag) then return nil end
   local held = holders(q, tag)
-  if #held > 0 then
-    for _, slot in ipairs(redis.call('ZRANGE', idle, 0, 63)) do
-      if string.match(slot, '^[^:]+') == string.match(held[1], '^[^:]+') then return slot end
+  local near = held[1] and string.match(held[1], '^[^:]+')
+  if not near and not conf(q).lacking then return redis.call('ZRANGE', idle, 0, 0)[1] end
+  local first
+  for _, slot in ipairs(redis.call('ZRANGE', idle, 0, LOOK - 1)) do
+    local inc = string.match(slot, '^[^:]+')
+    if not lacks(q, tag, inc) then
+      if not near or inc == near then return slot end
+      first = first or slot
     end
   end
-  return redis.call('ZRANGE', idle, 0, 0)[1]
+  return first
 end
 
--- Dispatch ready tags to free slots, at most `budget`; the leader's bell rings if more remain.
-local function match(q, budget)
+-- Dispatch ready tags to free slots, at most `budget`; the leader's bell rings if more remain, and
+-- unless `noted` if a tag waits for its warm slot: returns ms until it does no more, or nil.
+local function match(q, budget, noted)
+  local aside, opened = {}, 0
   for _ = 1, budget do
-    if redis.call('ZCARD', queue_key(q, 'idle')) == 0 then return end
-    local tag = next_tag(q)
-    if not tag then return end
+    local tag, place
+    if redis.call('ZCARD', queue_key(q, 'idle')) > 0 then tag, place = pop_tag(q) end
+    if not tag then
+      budget = nil
+      break
+    end
     local slot = pick_slot(q, tag)
-    local inc, i = string.match(slot, '^([^:]+):(.+)$')
-    local w = worker(inc)
-    withdraw_idle(inc, i, w or {queues = {q}})
-    if w and w.active then
-      if not open_lease(q, tag, inc, i, w) then offer_idle(inc, i, w) end
+    if slot then
+      local inc, i = string.match(slot, '^([^:]+):(.+)$')
+      local w = worker(inc)
+      withdraw_idle(inc, i, w or {queues = {q}})
+      if w and w.active then
+        if open_lease(q, tag, inc, i, w) then opened = opened + 1 else offer_idle(inc, i, w) end
+      else
+        enlist(q, tag, true)
+      end
     else
-      enlist(q, tag, true)
+      put_aside(aside, tag, place)
     end
   end
-  if not conf(q).stopped and redis.call('ZCARD', queue_key(q, 'ring')) > 0
-    and redis.call('ZCARD', queue_key(q, 'idle')) > 0 then ring_bell(q) end
+  put_back_aside(q, aside)
+  if (budget and opened > 0) or (PATIENCE and not noted) then ring_bell(q) end
+  return PATIENCE
 end

@@ -31,7 +31,7 @@ local function read_message(raw)
   if not ok or type(m) ~= 'table' then return nil end
   local h = m.headers
   if type(h) ~= 'table' or type(h.id) ~= 'string' or type(h.task) ~= 'string'
-    or h.affinity_stamp ~= nil or type(m.body) ~= 'string' or type(m.properties) ~= 'table'
+    or h.affinity_stamp ~= nil or h.affinity_once ~= nil or type(m.body) ~= 'string' or type(m.properties) ~= 'table'
     or type(m['content-type']) ~= 'string' then return nil end
   local _, opens = string.find(raw, '"headers": {"', 1, true)
   if not opens or string.find(raw, '{', 2, true) ~= opens - 1

@@ -8,10 +8,15 @@ local function holders(q, tag)
   return slots
 end
 
+-- Whether a tag waits for the retry at its head to become due (ordered_retries).
+local function on_hold(q, tag)
+  return conf(q).ordered > 0 and redis.call('ZSCORE', queue_key(q, 'hold'), tag)
+end
+
 -- Put a tag into the ring if it has a backlog and room under its concurrency. With more than
 -- one lease a tag waits until its last dispatch has started, so that starts keep their order.
 local function enlist(q, tag, to_front)
-  if redis.call('EXISTS', backlog_key(q, tag)) == 0 then return end
+  if redis.call('EXISTS', backlog_key(q, tag)) == 0 or on_hold(q, tag) then return end
   local held = #holders(q, tag)
   if held > 0 then
     if held >= concurrency(q, tag) then return end
@@ -25,6 +30,7 @@ local function enlist(q, tag, to_front)
   else
     redis.call('ZADD', ring, 'NX', redis.call('HINCRBY', queue_key(q, 'c'), 'ring', 1), tag)
   end
+  if conf(q).warm_wait > 0 then redis.call('HSETNX', queue_key(q, 'since'), tag, text(NOW)) end
 end
 
 -- Put an entry back where its number belongs. A backlog grows by number, and at most
@@ -44,9 +50,12 @@ end
 local function forget_entry(q, entry)
   redis.call('HDEL', queue_key(q, 'm'), entry)
   redis.call('HDEL', queue_key(q, 'att'), entry)
+  if conf(q).ordered > 0 then redis.call('HDEL', queue_key(q, 'retrying'), entry) end
 end
 
-local function bury(q, entry, tag, reason, message)
+-- To the dead letters. Whoever waits for its result is told by the leader (untold), unless the
+-- caller does that itself.
+local function bury(q, entry, tag, reason, message, told)
   local meta = {reason = reason, tag = tag, at = NOW,
     attempts = tonumber(redis.call('HGET', queue_key(q, 'att'), entry) or 0)}
   redis.call('HSET', queue_key(q, 'dead'), entry, cjson.encode(meta))
@@ -54,4 +63,8 @@ local function bury(q, entry, tag, reason, message)
     message or redis.call('HGET', queue_key(q, 'm'), entry) or '')
   forget_entry(q, entry)
   count(q, 'buried')
+  if not told then
+    redis.call('RPUSH', queue_key(q, 'untold'), entry)
+    ring_bell(q)
+  end
 end

@@ -1,0 +1,355 @@
+"""What a queue's settings change: batches by time, lost tasks, ordered retries, warm slots, no tag."""
+
+from __future__ import annotations
+
+import pytest
+
+from celery_affinity.intake import Intake, no_tag
+from harness import wait_until
+
+from .conftest import Bench
+
+# max_batch_seconds
+
+
+def test_a_lease_passes_on_after_its_seconds_while_another_tag_waits(bench: Bench) -> None:
+    bench.lead(batch=100, batch_ms=1)
+    node = bench.node("n")
+    bench.send("a", 1, 2)
+    bench.send("b", 1)
+    bench.admit_all()
+    first = node.take()
+    began = bench.now_ms()
+    wait_until(lambda: bench.now_ms() > began + 2, what="the end of its share")
+    assert first.run() == "batch"
+    assert node.drain_all() == ["b-1", "a-2"]
+
+
+def test_a_lease_goes_on_past_its_seconds_while_no_tag_waits(bench: Bench) -> None:
+    bench.lead(batch=100, batch_ms=1)
+    node = bench.node("n")
+    bench.send("a", 1, 2)
+    bench.admit_all()
+    first = node.take()
+    began = bench.now_ms()
+    wait_until(lambda: bench.now_ms() > began + 2, what="the end of its share")
+    assert first.run() == "held"
+
+
+def test_a_lease_keeps_its_share_until_its_seconds_are_over(bench: Bench) -> None:
+    bench.lead(batch=100, batch_ms=60_000)
+    node = bench.node("n")
+    bench.send("a", 1, 2)
+    bench.send("b", 1)
+    bench.admit_all()
+    assert node.take().run() == "held"
+
+
+# on_lost
+
+
+def test_a_started_task_is_buried_when_its_process_is_lost_if_it_must_not_run_again(
+    bench: Bench,
+) -> None:
+    bench.lead(bury_lost=1)
+    node = bench.node("n", depth=2)
+    bench.send("a", 1, 2)
+    bench.admit_all()
+    running = node.take()
+    running.start()
+    assert running.lost() == "buried"
+    assert "on_lost" in bench.dead()[0]["reason"]
+    assert bench.scripts.untold("q", 10) == [], "its parent tells"
+    assert node.take().id == "a-2", "what was behind it had not started: its copy is stale"
+    assert node.drain_all() == ["a-2"]
+
+
+def test_what_a_lost_worker_had_started_is_buried_and_the_leader_is_to_tell(bench: Bench) -> None:
+    bench.lead(bury_lost=1)
+    node = bench.node("n", depth=2, timeout_ms=1)
+    bench.send("a", 1, 2)
+    bench.admit_all()
+    node.take().start()
+    wait_until(lambda: bench.scripts.rescue("q", bench.fence, 10)[0] == 1, what="the rescue")
+    assert [dead["attempts"] for dead in bench.dead()] == [1]
+    ((entry, reason, message),) = bench.scripts.untold("q", 10)
+    assert "on_lost" in reason and b"a-1" in message
+    assert bench.backlog("a") == [2]
+    assert bench.promote()[2] == 1
+    assert bench.scripts.told("q", "another 1", [entry]) == -1, "only the leader"
+    assert bench.scripts.told("q", bench.fence, [entry]) == 1
+    assert bench.scripts.told("q", bench.fence, [entry]) == 0
+    assert bench.promote()[2] == 0
+
+
+# ordered_retries
+
+
+def test_an_ordered_retry_runs_before_what_waits_behind_it(bench: Bench) -> None:
+    bench.lead(ordered=60_000)
+    node = bench.node("n", depth=2)
+    bench.send("a", 1, 2, 3)
+    bench.admit_all()
+    first, second = node.take(), node.take()
+    first.start()
+    assert first.settle("done", bench.retry_of(first), "") == "held"
+    assert second.start() < 0, "it was given back: the retry comes first"
+    assert node.drain_all() == ["a-1", "a-2", "a-3"]
+    assert not bench.client.exists(bench.queue_key("retrying"))
+
+
+def test_a_tag_waits_for_its_ordered_retry_and_its_slot_does_not(bench: Bench) -> None:
+    bench.lead(ordered=60_000)
+    node = bench.node("n")
+    bench.send("a", 1, 2)
+    bench.send("b", 1)
+    bench.admit_all()
+    first = node.take()
+    first.start()
+    due = bench.now_ms() + 80
+    assert first.settle("done", bench.retry_of(first), due) == "retry"
+    assert node.drain_all() == ["b-1"]
+    bench.send("a", 3)
+    bench.admit_all()
+    left = bench.promote()[1]
+    assert node.receive() is None or bench.now_ms() >= due
+    assert not bench.client.exists(bench.queue_key("ring")), "nor does it stand in the ring"
+    assert 0 < left <= 80
+
+    def promoted() -> bool:
+        bench.promote()
+        return bool(bench.client.llen(node.list))
+
+    wait_until(promoted, what="the retry's due time")
+    assert bench.now_ms() >= due
+    assert node.drain_all() == ["a-1", "a-2", "a-3"]
+    assert not bench.client.exists(bench.queue_key("hold"))
+
+
+@pytest.mark.parametrize("bound", [0, 1_000])
+def test_a_retry_that_would_hold_its_tag_for_too_long_goes_to_the_end(
+    bench: Bench, bound: int
+) -> None:
+    bench.lead(ordered=bound)
+    node = bench.node("n")
+    bench.send("a", 1, 2)
+    bench.admit_all()
+    first = node.take()
+    first.start()
+    assert first.settle("done", bench.retry_of(first), bench.now_ms() + 1_050) == "held"
+    assert node.take().id == "a-2"
+
+
+def test_an_ordered_retry_counts_the_time_since_its_first_one(bench: Bench) -> None:
+    bench.lead(ordered=50)
+    node = bench.node("n")
+    bench.send("a", 1, 2)
+    bench.admit_all()
+    first = node.take()
+    first.start()
+    began = bench.now_ms()
+    first.settle("done", bench.retry_of(first), "")
+    again = node.take()
+    assert again.id == "a-1" and again.start() == 1
+    wait_until(lambda: bench.now_ms() > began + 60, what="the bound")
+    again.settle("done", bench.retry_of(again), "")
+    assert node.drain_all() == ["a-2", "a-1"]
+
+
+def test_with_more_concurrency_nothing_of_a_tag_starts_past_its_ordered_retry(bench: Bench) -> None:
+    bench.lead(concurrency=3, ordered=60_000)
+    node = bench.node("n", slots=3)
+    bench.send("a", 1, 2, 3)
+    bench.admit_all()
+    first = node.take()
+    first.start()
+    second = node.take()
+    second.start()
+    first.settle("done", bench.retry_of(first), bench.now_ms() + 30_000)
+    third = node.take()  # it was on its way when the retry came
+    assert third.start() == 1
+    bench.send("a", 4)
+    bench.admit_all()
+    second.settle()
+    third.settle()
+    assert node.receive() is None
+
+
+def test_evacuation_ends_the_wait_for_an_ordered_retry(bench: Bench) -> None:
+    bench.lead(ordered=60_000)
+    node = bench.node("n")
+    bench.send("a", 1, 2)
+    bench.admit_all()
+    first = node.take()
+    first.start()
+    first.settle("done", bench.retry_of(first), bench.now_ms() + 30_000)
+    assert bench.scripts.evacuate("q", bench.pending, [1, 2]) == (0, 0, 2, True)
+    left = {key for key in ("hold", "retrying", "ring") if bench.client.exists(bench.queue_key(key))}
+    assert left == set()
+
+
+# warm_wait
+
+
+def test_a_tag_waits_for_the_slot_that_had_it_while_another_one_is_free(bench: Bench) -> None:
+    bench.lead(warm_wait=60_000)
+    warm = bench.node("warm")
+    bench.send("a", 1)
+    bench.admit_all()
+    assert warm.drain_all() == ["a-1"]
+    bench.send("b", 1)
+    bench.admit_all()
+    busy = warm.take()
+    busy.start()
+    other = bench.node("other")
+    bench.send("a", 2)
+    bench.send("c", 1)
+    bench.admit_all()
+    assert other.drain_all() == ["c-1"], "a tag behind it is not held up"
+    assert 0 < bench.promote()[1] <= 60_000, "the leader knows how long"
+    busy.settle()
+    assert warm.drain_all() == ["a-2"]
+    assert not bench.client.exists(bench.queue_key("since"))
+
+
+def test_a_tag_does_not_wait_longer_than_it_may(bench: Bench) -> None:
+    bench.lead(warm_wait=50)
+    warm = bench.node("warm")
+    bench.send("a", 1)
+    bench.admit_all()
+    assert warm.drain_all() == ["a-1"]
+    bench.send("b", 1)
+    bench.admit_all()
+    warm.take().start()
+    other = bench.node("other")
+    began = bench.now_ms()
+    bench.send("a", 2)
+    bench.admit_all()
+
+    def dispatched() -> bool:
+        bench.promote()
+        return bool(bench.client.llen(other.list))
+
+    wait_until(dispatched, what="the end of its patience")
+    assert bench.now_ms() - began >= 50
+    assert not bench.client.exists(bench.queue_key("since"))
+
+
+def test_a_tag_does_not_wait_for_a_slot_that_is_gone(bench: Bench) -> None:
+    bench.lead(warm_wait=60_000)
+    warm = bench.node("warm")
+    bench.send("a", 1)
+    bench.admit_all()
+    assert warm.drain_all() == ["a-1"]
+    bench.scripts.leave("warm")
+    other = bench.node("other")
+    bench.send("a", 2)
+    bench.admit_all()
+    assert other.drain_all() == ["a-2"]
+
+
+def test_without_warm_wait_a_tag_waits_for_nobody(bench: Bench) -> None:
+    bench.lead()
+    warm = bench.node("warm")
+    bench.send("a", 1)
+    bench.admit_all()
+    warm.drain_all()
+    bench.send("b", 1)
+    bench.admit_all()
+    warm.take().start()
+    other = bench.node("other")
+    bench.send("a", 2)
+    bench.admit_all()
+    assert other.drain_all() == ["a-2"]
+
+
+# untagged
+
+
+def test_untagged_messages_are_each_a_tag_of_their_own_where_that_is_wanted(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n", slots=3)
+    for one in ("x", "y", "z"):
+        bench.send_untagged(one)
+    intake = Intake(bench.scripts, "q", [bench.pending], no_tag, True)
+    while intake.run(bench.fence)[1]:
+        pass
+    copies = [node.take() for _ in range(3)]
+    assert [copy.tag for copy in copies] == ["untagged:x", "untagged:y", "untagged:z"]
+    assert [copy.run() for copy in copies] == ["empty"] * 3
+    assert not bench.client.exists(bench.queue_key("warm")), "none of them comes back"
+
+
+def test_untagged_messages_are_buried_where_it_is_not(bench: Bench) -> None:
+    bench.lead()
+    bench.send_untagged("x")
+    bench.admit_all()
+    assert "without the header 'identify_tag'" in bench.dead()[0]["reason"]
+
+
+# Tasks that a worker does not know
+
+
+def test_an_unknown_task_goes_to_a_worker_that_may_know_it_and_keeps_its_place(
+    bench: Bench,
+) -> None:
+    bench.lead()
+    old = bench.node("old", depth=2)
+    bench.send("a", 1, 2, 3)
+    bench.admit_all()
+    first = old.take()
+    new = bench.node("new")
+    assert first.discard("unknown", "t") == 2
+    assert first.discard("unknown", "t") == 0, "a repeat changes nothing"
+    assert new.drain_all() == ["a-1", "a-2", "a-3"]
+    assert not bench.client.exists(bench.queue_key("needs"))
+    assert bench.dead() == []
+
+
+def test_an_unknown_task_waits_for_a_busy_worker_rather_than_try_the_same_one_again(
+    bench: Bench,
+) -> None:
+    bench.lead()
+    old, new = bench.node("old"), bench.node("new")
+    bench.send("b", 1)
+    bench.admit_all()
+    busy = (old.receive() or new.take())
+    busy.start()
+    bench.send("a", 1)
+    bench.admit_all()
+    idle = new if busy.node is old else old
+    assert idle.take().discard("unknown", "t") == 2
+    assert idle.receive() is None
+    bench.send("c", 1)
+    bench.admit_all()
+    assert idle.drain_all() == ["c-1"], "other tags are not held up"
+    assert bench.client.hget(bench.queue_key("c"), "leases") == b"3", "nor is it leased in vain"
+    busy.settle()
+    assert busy.node.drain_all() == ["a-1"]
+
+
+def test_a_task_that_no_worker_knows_is_buried(bench: Bench) -> None:
+    bench.lead()
+    nodes = {name: bench.node(name) for name in ("n1", "n2", "n3")}
+    bench.send("a", 1, 2)
+    bench.admit_all()
+    verdicts = []
+    for _ in range(4):
+        copy = next(c for node in nodes.values() if (c := node.receive()))
+        verdicts.append(copy.discard("unknown", "t"))
+    assert verdicts == [2, 2, 1, 1], "the last one has nobody to hand it on to"
+    assert [dead["reason"] for dead in bench.dead()] == ["unknown task t"] * 2
+    assert bench.scripts.untold("q", 10) == [], "the worker tells"
+
+
+def test_a_worker_that_comes_later_gets_what_the_others_do_not_know(bench: Bench) -> None:
+    bench.lead()
+    old, newer = bench.node("old"), bench.node("newer")
+    bench.send("b", 1)
+    bench.send("a", 1)
+    bench.admit_all()
+    first, second = sorted((old.take(), newer.take()), key=lambda copy: copy.tag)
+    second.start()  # b runs, so only its worker is left to try
+    assert first.discard("unknown", "t") == 2
+    newest = bench.node("newest")
+    assert newest.drain_all() == ["a-1"]

@@ -1,0 +1,61 @@
+"""When a watchdog ends its process."""
+
+from __future__ import annotations
+
+import pytest
+
+from celery_affinity import watchdog
+from celery_affinity.watchdog import Lifeline, Watchdog
+
+
+class Clock:
+    now = 1000.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(watchdog, "seconds", lambda: clock.now)
+    return clock
+
+
+def ended(lifeline: Lifeline, began: float | None) -> bool:
+    """Whether a watchdog of leases of 10 s ends a process whose task began then."""
+    calls: list[None] = []
+    Watchdog(lifeline, lambda: began, 10.0, lambda: calls.append(None)).look()
+    return bool(calls)
+
+
+def test_a_task_is_ended_before_its_lease_can_end(clock: Clock) -> None:
+    lifeline = Lifeline()
+    lifeline.answered(clock.now)
+    clock.now += 8.4
+    assert not ended(lifeline, 1000.0)
+    clock.now += 0.2
+    assert ended(lifeline, 1000.0)
+
+
+def test_the_lease_counts_from_when_the_beat_was_sent(clock: Clock) -> None:
+    lifeline = Lifeline()
+    sent = clock.now
+    clock.now += 9
+    lifeline.answered(sent)
+    assert ended(lifeline, 1000.0)
+
+
+def test_a_process_without_a_task_is_left_alone(clock: Clock) -> None:
+    lifeline = Lifeline()
+    clock.now += 100
+    assert not ended(lifeline, None)
+
+
+def test_what_ran_when_its_leases_were_taken_is_ended_and_what_began_later_is_not(
+    clock: Clock,
+) -> None:
+    lifeline = Lifeline()
+    lifeline.answered(clock.now)
+    clock.now += 5
+    lifeline.given_up()
+    lifeline.answered(clock.now)
+    assert ended(lifeline, 1004.0)
+    assert not ended(lifeline, 1005.0)
