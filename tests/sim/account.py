@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 #: Scripts that give back what somebody held, so that a tag may come to the front of the ring.
-GIVE_BACK = {"rescue", "leave", "drain", "lost", "occupy", "heartbeat", "process_up"}
+GIVE_BACK = {"rescue", "leave", "drain", "lost", "occupy", "heartbeat", "process_up", "serve"}
 #: Scripts of the leader, with their fence as second argument.
-FENCED = {"admit", "resolve", "promote", "rescue", "rebase", "renew", "resign", "configure"}
+FENCED = {"admit", "resolve", "promote", "rescue", "rebase", "renew", "resign", "configure", "told"}
 #: Answers that say "not yours": such a call has to change nothing.
 REFUSALS: dict[str, tuple[Any, ...]] = {
     "start": (-1, -2, -3), "settle": (b"stale",), "heartbeat": ([0],), "renew": (0,), "resign": (0,),
     "admit": ([-1],), "promote": ([-1],), "resolve": (-1, 0), "rescue": ([-1],), "rebase": ([-1],),
-    "configure": (-1,), "discard": (0,), "finish": (0,), "lost": (b"settled",), "vacate": (0,),
+    "configure": (-1,), "told": (-1,), "serve": ([-1, 0, 0], [0, 0, 0]), "discard": (0,), "finish": (0,), "lost": (b"settled",), "vacate": (0,),
     "process_up": (0,), "occupy": (0,),
 }  # fmt: skip
 #: Scripts whose repeat, at once, gets the same answer; those in the second set write nothing then.

@@ -10,47 +10,25 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from celery_affinity.evacuation import evacuate, resume
-from celery_affinity.intake import Intake, no_tag
-from celery_affinity.leadership import Elector
 from celery_affinity.message import STAMP_HEADER, Stamp
-from celery_affinity.scheduler import Scheduler
 from celery_affinity.settings import AffinityQueue
 
 from .account import Limits, Message, Violation
 from .bugs import NONE, Bug
+from .candidate import LEADER_TTL, TIMEOUT, Candidate
 from .judge import Judge
 from .node import Node
 from .recount import at_rest, nobody_left
 from .server import KEYS, PENDING, STATE, Ledger
-from .virtual import SimDoorbell, installed
+from .virtual import installed
 from .world import Group, SimScripts, World
 
 __all__ = ("History", "run_history")
 
 TAGS = ["a", "b", "c d", "\u00fc:1", "7", "e"]
-LEADER_TTL = 5.0
-TIMEOUT = 10.0
 #: A history at rest has had this much virtual time, or it does not end.
 REST_US = 300_000_000
 REST_STEPS = 30_000
-
-
-class Candidate(Group):
-    """A process that schedules."""
-
-    def __init__(self, history: History, number: int) -> None:
-        super().__init__(f"s{number}")
-        world, rng = history.world, history.world.rng
-        scripts = SimScripts(world)
-        rescuer, intake = history.bugs.rescuer(scripts, STATE, TIMEOUT), Intake(scripts, STATE, [PENDING], no_tag)
-        if rng.random() < 0.3:
-            rescuer.BATCH, intake.BATCH = 1, 2
-        self.scheduler = Scheduler(
-            scripts, history.queue, Elector(scripts, STATE, f"{self.name}/1", LEADER_TTL), intake,
-            rescuer, lambda lists: SimDoorbell(world, lists), [PENDING],  # type: ignore[arg-type, return-value]
-        )  # fmt: skip
-        self.actor = world.spawn(self.name, self, self.scheduler.run)
-        self.actor.crash = lambda: world.kill_group(self)
 
 
 class History:
@@ -202,6 +180,12 @@ class History:
         due = None if late is None else self.world.redis_us // 1000 + late
         return self._message(headers).decode(), due
 
+    def tell(self, message: Mapping[str, Any], reason: str) -> None:
+        """The result backend learns of a burial, or does not answer."""
+        self.world.pause()
+        if self.world.chance(0.1):
+            raise OSError("simulated")
+
     # An operator
 
     def _operate(self) -> None:
@@ -250,7 +234,7 @@ class History:
         kind = rng.choice(
             ["freeze node"] * 2 + ["freeze actor"] * 2 + ["freeze candidate"] + ["kill node"]
             + ["lose process"] * 3 + ["limit"] * 3 + ["stop node"] + ["ordinary"] * 8 + ["node up"] * 2
-            + ["evacuate", "revoke", "stop candidate", "kill candidate", "candidate up", "candidate up", "reconnect", "reconnect", "jump"]
+            + ["serve", "serve", "evacuate", "revoke", "stop candidate", "kill candidate", "candidate up", "candidate up", "reconnect", "reconnect", "jump"]
         )  # fmt: skip
         node = rng.choice(alive) if alive else None
         candidate = rng.choice(self.candidates)
@@ -277,6 +261,8 @@ class History:
             node.give_ordinary(rng.randrange(node.slots))
         elif kind == "reconnect":
             node.events.append(("reconnect",))
+        elif kind == "serve":
+            node.serve(not node.serving)
         elif kind == "evacuate" and rng.random() < 0.5:
             self._operator(self._operate)
         elif kind == "revoke":
@@ -305,6 +291,7 @@ class History:
         self._candidate()
         self._operator(self._resume)
         for node in self.nodes:
+            node.serve(True)
             for index in range(node.slots):
                 node.give_ordinary(index)
         self._until(self._drained, "does not drain")

@@ -202,6 +202,10 @@ class Judge:
     def _drain(self, now: int, redis_us: int, args: Any, answer: Any, late: bool) -> None:
         self._step(str(args[0]), answer[1])
 
+    def _serve(self, now: int, redis_us: int, args: Any, answer: Any, late: bool) -> None:
+        if answer[0] == 1:
+            self._step(str(args[0]), answer[2])
+
     def _step(self, inc: str, more: int) -> None:
         if more:
             self.leaving.add(inc)

@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from celery_affinity.gate import current_run
 from celery_affinity.message import STAMP_HEADER, Stamp
 from celery_affinity.reporter import Reporter
+from celery_affinity.watchdog import Lifeline
 
 from .pool import Job, Process
 from .server import KEYS, STATE
@@ -43,7 +44,7 @@ class Node(Group):
         self.threads = world.rng.random() < 0.35
         self.slots = world.rng.choice([1, 1, 2, 3])
         self.depth = 1 if self.threads else 2
-        self.alive = True
+        self.alive = self.serving = True
         self.stopping = ""
         self.events: list[tuple[Any, ...]] = []
         self.channel: list[bytes] = []
@@ -53,7 +54,7 @@ class Node(Group):
         self.procs: list[Process] = []
         self._born = 0
         self._limited: list[Job] = []
-        self.reporter = Reporter(self._connect, self.inc, self._announcement, 2.0)
+        self.reporter = Reporter(self._connect, self.inc, self._announcement, 2.0, Lifeline())
         self.reporter.held = history.bugs.held()
         self.reporter.held.on_end = self.reporter._on_end
         self._actor("parent", self._parent)
@@ -66,7 +67,7 @@ class Node(Group):
             "name": f"{self.name}@sim",
             "depth": self.depth,
             "slots": self.slots,
-            "queues": [(STATE, self.slots, self.list)],
+            "queues": [(STATE, self.slots, self.list)] if self.serving else [],
             "junk": [self.list],
             "role": "worker",
             "timeout_ms": self.history.judge.limits.timeout_us // 1000,
@@ -100,6 +101,12 @@ class Node(Group):
         job = proc.box[0] if proc.box else proc.job
         self._kill(proc)
         self.events.append(("died", proc.index, job))
+
+    def serve(self, serving: bool) -> None:
+        """Remote control: it consumes the queue no more, or again."""
+        self.world.note(f"{self.name} serves the queue: {serving}")
+        self.serving = serving
+        self.reporter.changed()
 
     def _kill(self, proc: Process) -> None:
         if proc in self.procs:

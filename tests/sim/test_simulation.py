@@ -19,8 +19,10 @@ from .server import Ledger, all_scripts, ledger, virtual
 BLOCKS, BLOCK = 10, 50
 #: A planted bug is found in so many, or not.
 PATIENCE = 1000
+#: Scripts of periodic tasks' runs, which nobody sends here.
+ELSEWHERE = {"claim_run", "confirm_run", "forget_runs"}
 #: Where the search begins for those that are met seldom (docs/simulation.md counts from 0).
-FROM = {"vacated-once": 170, "uncounted-copies": 45}
+FROM = {"vacated-once": 55, "flush-forgets": 215, "uncounted-copies": 90}
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +75,9 @@ def test_histories_call_every_script(simulated: Ledger, monkeypatch: pytest.Monk
     monkeypatch.setattr(simulated, "run", noted)
     for seed in range(500):
         run_history(simulated, seed)
-        if called == set(all_scripts()):
+        if called == set(all_scripts()) - ELSEWHERE:
             return
-    raise AssertionError(f"never called: {sorted(set(all_scripts()) - called)}")
+    raise AssertionError(f"never called: {sorted(set(all_scripts()) - ELSEWHERE - called)}")
 
 
 def test_a_bug_that_cannot_be_planted_any_more_is_an_error() -> None:

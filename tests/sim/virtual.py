@@ -8,7 +8,16 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from celery_affinity import evacuation, gate, leadership, reporter, rescuer, scheduler
+from celery_affinity import (
+    burials,
+    evacuation,
+    gate,
+    leadership,
+    reporter,
+    rescuer,
+    scheduler,
+    watchdog,
+)
 
 if TYPE_CHECKING:
     from .world import World
@@ -87,6 +96,24 @@ class Event:
         return self._set
 
 
+class Thread:
+    """`threading.Thread`: an actor beside the one that starts it, which dies with it."""
+
+    def __init__(self, world: World, target: Any, args: tuple[Any, ...], name: str) -> None:
+        self._world = world
+        self._run = lambda: target(*args)
+        self._name = name
+        self._actor: Any = None
+
+    def start(self) -> None:
+        me = self._world.me
+        self._actor = self._world.spawn(f"{me.group.name}.{self._name}", me.group, self._run)
+        self._actor.crash = me.crash
+
+    def is_alive(self) -> bool:
+        return self._actor is not None and bool(self._actor.alive)
+
+
 class SimDoorbell:
     """`Doorbell`: wakes while one of its lists holds something."""
 
@@ -125,6 +152,14 @@ class FakeClient:
             "aof_enabled": 1, "run_id": "one", "uptime_in_seconds": 10**6,
         }  # fmt: skip
 
+    def lrange(self, key: str, first: int, last: int) -> Any:
+        self._world.pause()
+        return self._world.ledger.command("LRANGE", key, first, last)
+
+    def hget(self, key: str, field: Any) -> Any:
+        self._world.pause()
+        return self._world.ledger.command("HGET", key, field)
+
     def time(self) -> tuple[int, int]:
         self._world.pause()
         self._world.looked_at_clock()
@@ -137,10 +172,14 @@ def installed(world: World) -> Iterator[None]:
     pipes = Pipes(world)
     patches: list[tuple[Any, str, Any]] = [
         (module, "time", Time(world))
-        for module in (evacuation, gate, leadership, reporter, rescuer, scheduler)
+        for module in (burials, evacuation, gate, leadership, reporter, rescuer, scheduler, watchdog)
     ]
     patches += [(reporter, "os", pipes), (reporter, "select", pipes)]
-    patches += [(scheduler, "threading", SimpleNamespace(Event=lambda: Event(world)))]
+    threads = SimpleNamespace(
+        Event=lambda: Event(world),
+        Thread=lambda target, name, args=(), daemon=True: Thread(world, target, args, name),
+    )
+    patches += [(burials, "threading", threads), (scheduler, "threading", threads)]
     before = [(module, name, getattr(module, name)) for module, name, _ in patches]
     logger = logging.getLogger("celery_affinity")
     level = logger.level

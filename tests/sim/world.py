@@ -124,8 +124,8 @@ class World:
     faults: bool = True
     arrivals: bool = False
     vacant: bool = False
-    #: When the server's clock jumped last.
-    jumped_at: int = -1
+    #: The step after which the server's clock jumped last.
+    jumped_at: int = -2
     #: By how much it was set back in all.
     set_back: int = 0
     actors: list[Actor] = field(default_factory=list)
@@ -203,7 +203,7 @@ class World:
 
     def looked_at_clock(self) -> None:
         """The caller has read the server's clock."""
-        self._looks[self.me.name] = self.now
+        self._looks[self.me.name] = self.steps
 
     # What the hub does
 
@@ -311,7 +311,7 @@ class World:
         sent = "".join(f" >{stamp.replace(' ', '/')}" for stamp, _ in reply.sent)
         self.note(f"{actor.name}: {call.name} {shown} = {_shown(reply.answer)}{sent}")
         self.arrivals, self.vacant = reply.arrivals, reply.vacant
-        late = self._looks.get(actor.name, -1) < self.jumped_at
+        late = self._looks.get(actor.name, -1) <= self.jumped_at
         self.judge.called(self.now, self.redis_us, call, reply, late)
         for stamp, _ in reply.sent:
             self.on_sent(stamp.split(" ")[3])
@@ -337,7 +337,7 @@ class World:
         self.judge.time_passed(self.redis_us)
         self.ahead += int(seconds * 1e6)
         self.set_back += max(0, -int(seconds * 1e6))
-        self.jumped_at = self.now
+        self.jumped_at = self.steps
 
 
 def _shown(answer: Any) -> str:
