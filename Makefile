@@ -8,7 +8,7 @@ VALKEY_LAWS := $(patsubst %,tests/acceptance/test_%.py,order fairness cleanup)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all chaos check bench clean
+.PHONY: help venv demo test test-all chaos sim check bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test-all: $(VENV)/.dev ## Run the ledger's and the system's laws on Valkey too (
 
 chaos: $(VENV)/.dev ## Faults under load for MINUTES=60, picked by SEED=..., judged every 3 minutes
 	PYTHONPATH=.:tests nice -n 5 $(BIN)/python -m chaos.run --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED))
+
+sim: $(VENV)/.dev ## Simulate N=1000 histories from SEED=0 on, with a planted BUG=name, or BUG=all in turn
+	$(BIN)/python -m tests.sim --n $(or $(N),1000) --seed $(or $(SEED),0) --bug "$(BUG)"
 
 check: $(VENV)/.dev ## Lint, check types and import directions
 	$(BIN)/ruff check .

@@ -120,6 +120,7 @@ class Gate:
         self._in_process = in_process
         self._ordinary = ordinary
         self._held: dict[int, tuple[str, str, str]] = {}
+        self._announced = True
         self._numbers = count(1)
         self._process = f"{os.getpid()}:{_started_at()}:{uuid4().hex[:8]}"
         self._reachability = Reachability(logger, f"tasks of process {os.getpid()}")
@@ -133,8 +134,18 @@ class Gate:
         if self._slot is not None:
             slot = self._slot
             # Not patiently: the pool kills a process that does not come up. The heartbeat finds
-            # what an earlier process had started, too.
-            self._briefly(lambda: self._scripts.process_up(self._incarnation, slot))
+            # what an earlier process had started, too; the slot of an ordinary task that was lost
+            # with it is free again at the latest when the first task comes.
+            self._announced = self._briefly(
+                lambda: self._scripts.process_up(self._incarnation, slot)
+            )
+
+    def _announce(self) -> None:
+        """Before the first task: tell what `process_up` could not tell."""
+        if not self._announced and self._slot is not None:
+            slot = self._slot
+            self._patiently(lambda: self._scripts.process_up(self._incarnation, slot))
+        self._announced = True
 
     def close(self) -> None:
         """This process stops: its tags are released for its receivers."""
@@ -158,16 +169,19 @@ class Gate:
         if not self._ordinary or not request or request.get("is_eager"):
             return tracer(uuid, args, kwargs, request)
         token = self._token()
+        self._announce()
         self._briefly(lambda: self._scripts.occupy(self._incarnation, self._slot, token))
         try:
             return tracer(uuid, args, kwargs, request)
         finally:
-            self._briefly(lambda: self._scripts.vacate(self._incarnation, token))
+            # Patiently: a slot that is not vacated takes no lease as long as its process lives.
+            self._patiently(lambda: self._scripts.vacate(self._incarnation, token))
 
     def _dispatched_task(
         self, stamp: Stamp, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Any
     ) -> Any:
         run = Run(stamp, uuid, request.get("retries") or 0, self._token())
+        self._announce()
         answer = self._start(stamp, run.token)
         if answer != 1:
             logger.debug(
@@ -312,14 +326,15 @@ class Gate:
                 self._reachability.answered()
                 return answer
 
-    def _briefly(self, call: Callable[[], Any]) -> None:
-        """For what only tunes: an ordinary task does not wait for the ledger."""
+    def _briefly(self, call: Callable[[], Any]) -> bool:
+        """For what only tunes: an ordinary task does not wait for the ledger. Whether it worked."""
         try:
             call()
         except RedisError as error:
             self._reachability.unanswered(error)
-        else:
-            self._reachability.answered()
+            return False
+        self._reachability.answered()
+        return True
 
 
 def _is_of_greenlets(error: BaseException) -> bool:

@@ -15,29 +15,41 @@ class Held:
     greenlets may call them side by side.
     """
 
-    #: Entries remembered that were announced here and then refused.
+    #: Entries remembered that were announced here and then refused, or flushed.
     REFUSED = 1000
 
     def __init__(self) -> None:
         self._requests: dict[str, tuple[Stamp, Any]] = {}
+        #: One item for each copy of a message that is here: a broker may deliver it twice.
+        self._copies: dict[str, list[None]] = {}
         self._accepted: set[str] = set()
         self._refused: dict[tuple[str, str], None] = {}
+        self._flushed: dict[str, None] = {}
         #: Called with the stamp of each message that ends.
         self.on_end: Callable[[Stamp], None] = lambda stamp: None
 
     def arrived(self, stamp: Stamp, request: Any) -> None:
         """A message reached the node."""
-        self._requests[stamp.held] = (stamp, request)
+        self._requests.setdefault(stamp.held, (stamp, request))
+        self._copies.setdefault(stamp.held, []).append(None)
 
     def accepted(self, stamp: Stamp) -> None:
         """A process (thread, greenlet) has taken it."""
         self._accepted.add(stamp.held)
 
     def ended(self, stamp: Stamp) -> None:
-        """It has ended here, in whatever way."""
+        """It has ended here, in whatever way. While another copy of it is here it stays held."""
+        copies = self._copies.get(stamp.held)
+        if copies:
+            copies.pop()
+            if copies:
+                return
+        self._copies.pop(stamp.held, None)
         self._accepted.discard(stamp.held)
         if self._requests.pop(stamp.held, None):
             self.on_end(stamp)
+        else:
+            self._flushed.pop(stamp.held, None)
 
     def refused(self, stamp: Stamp) -> None:
         """It was announced here and then not run: its entry may come again."""
@@ -50,14 +62,31 @@ class Held:
         return self._refused.pop((stamp.state, stamp.entry), False) is None
 
     def flushed(self) -> None:
-        """The pool has thrown away what no process had taken."""
+        """The pool has thrown away what no process had taken.
+
+        One that a process has just taken may be among them: the pool does not tell of its end. So
+        it is to be sent again if it did not start, but not taken back if it did.
+        """
         for held in list(self._requests):
             if held not in self._accepted:
                 self._requests.pop(held, None)
+                self._may_run(held)
+            elif len(self._copies.get(held, ())) > 1:
+                # Whether the other copies are still to end depends on the pool.
+                self._copies[held] = [None]
+                self._may_run(held)
+
+    def _may_run(self, held: str) -> None:
+        self._flushed[held] = None
+        if len(self._flushed) > self.REFUSED:
+            oldest = next(iter(self._flushed))
+            self._flushed.pop(oldest, None)
+            if oldest not in self._requests:
+                self._copies.pop(oldest, None)
 
     def names(self) -> list[str]:
-        """What is held, as heartbeats name it."""
-        return list(self._requests)
+        """What is held, as heartbeats name it; what may be held has ":?" behind its name."""
+        return [*self._requests, *(f"{held}:?" for held in list(self._flushed))]
 
     def running_slots(self) -> set[int]:
         """Slots whose process works on something."""

@@ -3,7 +3,8 @@
 A worker is lost when its heartbeat is overdue by Redis' clock. That clock can jump, and stands
 still while Redis is down; in both cases heartbeats look overdue that are not. So before each
 rescue the clock's advance is compared with the own monotonic clock and the server's run id with
-the last one; after a jump or a restart all heartbeats count as new.
+the last one; after a jump or a restart all heartbeats count as new. A jump also ends the leader's
+term, so candidates look at the clock too: whoever follows must know of it.
 
 Crash windows: rescue.lua takes out a bounded number of leases at a time; a rescue cut off half
 way is finished by the next pass, of whichever leader
@@ -39,11 +40,15 @@ class Rescuer:
         self._state = state
         self._settle_seconds = settle_seconds
         self._last: tuple[str, float, float] | None = None
+        self._moved = False
 
     def run(self, fence: str) -> float:
         """One pass. Returns seconds until a worker can be overdue; -1 if not the leader."""
-        if self._clock_moved() and not self._scripts.rebase(self._state, fence):
-            return -1
+        self.look()
+        if self._moved:
+            if not self._scripts.rebase(self._state, fence):
+                return -1
+            self._moved = False
         while True:
             answer = self._scripts.rescue(self._state, fence, self.BATCH)
             if answer[0] == -1:
@@ -65,14 +70,18 @@ class Rescuer:
                 },
             )
 
+    def look(self) -> None:
+        """Compare the server's clock with the last look, so that the next pass knows of a jump."""
+        self._moved = self._clock_moved() or self._moved
+
     def _clock_moved(self) -> bool:
         info = self._scripts.client.info("server")
         seconds, micros = self._scripts.client.time()
         run_id, server, own = str(info["run_id"]), seconds + micros / 1e6, time.monotonic()
         last, self._last = self._last, (run_id, server, own)
         if last is None:
-            # The first look: only a server that has just come back can mislead.
-            return int(info["uptime_in_seconds"]) < self._settle_seconds
+            # Nothing is known of the time before: who was elected at once waits one timeout.
+            return True
         drift = abs((server - last[1]) - (own - last[2]))
         if run_id == last[0] and drift < TOLERANCE_SECONDS:
             return False

@@ -95,6 +95,7 @@ class Scheduler:
                 wait = self._elector.claim()
                 self._reachability.answered()
                 if self._elector.term is None:
+                    self._rescuer.look()
                     self._vacancy.wait(wait)
                 else:
                     self._lead()

@@ -2,11 +2,14 @@
 --
 -- KEYS[1] namespace prefix
 -- ARGV    incarnation, beat number, grace in ms, then "slot:entry:epoch:send" of each message
---         that reached the node and has not ended there
--- Returns {0} not registered (any more): what it still runs is not its own;
+--         that reached the node and has not ended there; with ":?" behind it the node does not know
+--         whether a process had taken it: it counts as held if it has started, as missing if not
+-- Returns {0} not registered (any more), or a rescue has begun, which then goes on: what it still
+--         runs is not its own;
 --         {1, sent again, taken back, number of its last change (of queues or slots) in force}
 -- A message that was dispatched longer ago than the grace, is not in the worker queue any more and
--- has not arrived is sent again with a new send number. One that started but is no longer held at two beats is taken back.
+-- has not arrived is sent again with a new send number. One that started but is no longer held at two
+-- beats, a tenth of the heartbeat timeout apart (some beats follow each other at once), is taken back.
 -- A repeat of a beat number counts no beat twice.
 -- What waits for longer than the grace behind an ordinary task goes back to the head if a slot
 -- elsewhere, or another one of a node, can take it.
@@ -18,8 +21,9 @@
 local inc, beat, grace = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local w = worker(inc)
 if not w then return {0} end
+local v = redis.call('HMGET', worker_key(inc, 'info'), 'beat', 'change', 'state')
+if v[3] == 'leaving' then return {0} end
 redis.call('ZADD', P .. 'workers', text(NOW + w.timeout), inc)
-local v = redis.call('HMGET', worker_key(inc, 'info'), 'beat', 'change')
 local change = tonumber(v[2] or 0)
 if v[1] == beat then return {1, 0, 0, change} end
 redis.call('HSET', worker_key(inc, 'info'), 'beat', beat)
@@ -56,9 +60,10 @@ for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
   local l = load_lease(inc, i)
   local changed, missing = false, false
   for k, o in ipairs(l.out) do
-    if not holds[table.concat({i, o.entry, l.epoch, o.send}, ':')] then
+    local name = table.concat({i, o.entry, l.epoch, o.send}, ':')
+    if not holds[name] then
       if o.token then
-        missing = true
+        missing = not holds[name .. ':?']
       elseif NOW - l.t >= grace and w.active and serves(w, l.q, i) and not queued(l, o) then
         l.x = l.x + 1
         o.send = text(l.x) .. 'r'
@@ -68,9 +73,10 @@ for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
       end
     end
   end
-  local miss = missing and l.miss + 1 or 0
-  if miss ~= l.miss then l.miss = miss; changed = true end
-  if miss >= 2 then
+  local missed = l.miss
+  l.miss = missing and (missed > 0 and missed or NOW) or 0
+  if l.miss ~= missed then changed = true end
+  if missing and missed > 0 and NOW - missed >= w.timeout / 10 then
     back = back + #l.out
     take_back(l, true)
     release(l, true)

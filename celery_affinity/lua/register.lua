@@ -9,6 +9,7 @@
 -- Returns {-5, version} the ledger has a layout that this version must not touch;
 --         {1, number of the change that is in force}. A repeat changes nothing but the heartbeat: an
 --         offered slot is free or leased. (A later change is told by serve.)
+-- While a rescue of it is under way a repeat changes nothing at all, so that the rescue ends.
 -- @include base
 -- @include ring
 -- @include deliver
@@ -17,9 +18,9 @@
 local inc = ARGV[1]
 local found = other_schema(ARGV[10])
 if found then return {-5, found} end
-local known = redis.call('EXISTS', worker_key(inc, 'info')) == 1
-redis.call('ZADD', P .. 'workers', text(NOW + ARGV[8]), inc)
-if known then return {1, tonumber(redis.call('HGET', worker_key(inc, 'info'), 'change') or 0)} end
+local v = redis.call('HMGET', worker_key(inc, 'info'), 'state', 'change')
+if v[1] ~= 'leaving' then redis.call('ZADD', P .. 'workers', text(NOW + ARGV[8]), inc) end
+if v[1] then return {1, tonumber(v[2] or 0)} end
 redis.call('HSET', worker_key(inc, 'info'), 'name', ARGV[2], 'state', 'active', 'depth', ARGV[3],
   'slots', ARGV[4], 'cap', ARGV[4], 'change', ARGV[11], 'queues', ARGV[5], 'junk', ARGV[6], 'role', ARGV[7], 'timeout', ARGV[8],
   'since', text(NOW))
