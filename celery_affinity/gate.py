@@ -16,7 +16,9 @@ Crash windows:
   (test_a_task_whose_success_is_stored_does_not_run_again); else delivery is at least once.
 - a lost reply: start and settle carry a token and answer a repeat as before.
 - a process that is frozen while it asks: the answer may be older than the lease, so it asks again
-  (test_a_process_that_was_frozen_while_it_asked_asks_again). Frozen after that it is the limit that
+  (test_a_process_that_was_frozen_while_it_asked_asks_again); a worker that wakes shortly before its
+  lease is over starts nothing before its next heartbeat
+  (test_nothing_starts_while_the_heartbeat_is_late). Frozen after that it is the limit that
   docs/how_it_works.md declares: fence with the epoch.
 
 Nothing that goes wrong in here reaches user code: while Redis is away the gate waits.
@@ -54,6 +56,9 @@ REFUSED = "celery_affinity: refused copy"
 
 #: The end of a failed task's traceback that its dead letter keeps.
 TRACEBACK_CHARACTERS = 8000
+
+#: What start.lua answers while the worker's heartbeat is late: its lease may soon be over.
+HEARTBEAT_LATE = -5
 
 Tracer = Callable[..., Any]
 
@@ -125,9 +130,9 @@ class Gate:
         self._process = f"{os.getpid()}:{_started_at()}:{uuid4().hex[:8]}"
         self._reachability = Reachability(logger, f"tasks of process {os.getpid()}")
 
-    def oldest(self) -> float | None:
-        """When the oldest dispatched task that runs here began (`watchdog.seconds`), or None."""
-        return min(list(self._began.values()), default=None)
+    def began(self) -> list[float]:
+        """When the dispatched tasks that run here began (`watchdog.seconds`)."""
+        return list(self._began.values())
 
     def process_up(self) -> None:
         """Tell the ledger that this slot has a new process."""
@@ -247,7 +252,9 @@ class Gate:
                     stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.send, token
                 )
             )
-            if answer != 1 or seconds() - asked < self._trust_seconds:
+            if answer == HEARTBEAT_LATE:
+                time.sleep(0.05)
+            elif answer != 1 or seconds() - asked < self._trust_seconds:
                 return answer
 
     def _process_stops(self, stamp: Stamp, told: bool) -> None:

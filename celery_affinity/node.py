@@ -157,7 +157,7 @@ class Node:
             self._gate[1].close()
 
     def _watch(self, gate: Gate) -> None:
-        dog = Watchdog(self._lifeline, gate.oldest, self._settings.heartbeat_timeout)
+        dog = Watchdog(self._lifeline, gate.began, self._settings.heartbeat_timeout)
         internals.native_thread(dog.run, "affinity-watchdog")
 
     def _make_gate(self, slot: int | None) -> Gate:

@@ -67,8 +67,9 @@ class Watchdog:
     """One process' watch over the tasks that it runs.
 
     Arguments:
-        oldest: When the oldest running dispatched task began; None if none runs.
-        lease_seconds: How long leases last after a heartbeat.
+        began: When the running dispatched tasks began.
+        lease_seconds: How long leases last after a heartbeat; half as long at least after a start
+            (start.lua).
         end: Ends the process.
     """
 
@@ -78,12 +79,12 @@ class Watchdog:
     def __init__(
         self,
         lifeline: Lifeline,
-        oldest: Callable[[], float | None],
+        began: Callable[[], list[float]],
         lease_seconds: float,
         end: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGKILL),
     ) -> None:
         self._lifeline = lifeline
-        self._oldest = oldest
+        self._began = began
         self._lease_seconds = lease_seconds
         self._end = end
 
@@ -95,14 +96,14 @@ class Watchdog:
 
     def look(self) -> None:
         """End the process if a task runs that has no lease, or may have none soon."""
-        began = self._oldest()
-        if began is None:
+        began = self._began()
+        if not began:
             return
         beat, doom = self._lifeline.times
-        silent = seconds() - beat
-        if began < doom or silent > self._lease_seconds * self.SHARE:
+        silent = seconds() - max(beat, max(began) - self._lease_seconds / 2)
+        if min(began) < doom or silent > self._lease_seconds * self.SHARE:
             logger.critical(
-                "Ending process %d: its task runs without a lease (last heartbeat %.1f s ago, "
+                "Ending process %d: its task runs without a lease (no heartbeat for %.1f s, "
                 "on_ledger_lost is 'stop').",
                 os.getpid(),
                 silent,

@@ -4,7 +4,9 @@
 -- ARGV    incarnation, slot, entry, epoch, send number, start token
 -- Returns 1 run it (also to a repeat with the same token: a lost reply);
 --         -1 its lease is over; -2 an older copy; -3 another copy started it;
---         -4 the message before it has not ended: it was given back, and comes again
+--         -4 the message before it has not ended: it was given back, and comes again;
+--         -5 ask again: the worker's last heartbeat is older than half its timeout
+-- What may run has its lease for half a heartbeat timeout at least, whatever befalls the worker now.
 -- @include base
 -- @include ring
 -- @include deliver
@@ -13,6 +15,9 @@
 local inc, i, entry, epoch, send, token = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local v = redis.call('HMGET', slot_key(inc, i), 'epoch', 'e1', 's1', 'k1', 'e2', 's2', 'cn', 'q', 'tag')
 if v[1] ~= epoch then return -1 end
+local due = tonumber(redis.call('ZSCORE', P .. 'workers', inc) or 0)
+local timeout = tonumber(redis.call('HGET', worker_key(inc, 'info'), 'timeout') or 0)
+if 2 * (due - NOW) < timeout then return -5 end
 if v[2] == entry then
   if v[4] then return v[4] == token and 1 or -3 end
   if v[3] ~= send then return -2 end

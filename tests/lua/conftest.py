@@ -92,6 +92,10 @@ class Bench:
         seconds, micros = self.client.time()
         return int(seconds) * 1000 + int(micros) // 1000
 
+    def overdue(self, node: str, ms: int = -1) -> None:
+        """Have a node's heartbeat be overdue, or be so in a while."""
+        self.client.zadd(self.scripts.keys.workers, {node: self.now_ms() + ms})
+
     def promote(self) -> tuple[int, int, int]:
         return self.scripts.promote("q", self.fence, 100)
 

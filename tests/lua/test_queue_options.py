@@ -66,10 +66,11 @@ def test_a_started_task_is_buried_when_its_process_is_lost_if_it_must_not_run_ag
 
 def test_what_a_lost_worker_had_started_is_buried_and_the_leader_is_to_tell(bench: Bench) -> None:
     bench.lead(bury_lost=1)
-    node = bench.node("n", depth=2, timeout_ms=1)
+    node = bench.node("n", depth=2)
     bench.send("a", 1, 2)
     bench.admit_all()
     node.take().start()
+    bench.overdue("n")
     wait_until(lambda: bench.scripts.rescue("q", bench.fence, 10)[0] == 1, what="the rescue")
     assert [dead["attempts"] for dead in bench.dead()] == [1]
     ((entry, reason, message),) = bench.scripts.untold("q", 10)

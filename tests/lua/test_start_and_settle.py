@@ -217,3 +217,18 @@ def test_calls_over_an_own_connection_survive_its_loss_and_an_emptied_script_cac
         copy.settle()
         ran.append(copy.id)
     assert ran == ["a-0", "a-1", "a-2"]
+
+
+def test_nothing_starts_while_the_heartbeat_is_late(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n", timeout_ms=60_000)
+    bench.send("a", 1)
+    bench.admit_all()
+    copy = node.take()
+    bench.overdue("n", 29_000)
+    assert copy.start("token") == -5
+    bench.overdue("n", 31_000)
+    assert copy.start("token") == 1
+    bench.overdue("n", 29_000)
+    assert copy.start("token") == -5, "nor does a repeat: its answer may have been long on the way"
+    assert copy.settle() == "empty"

@@ -50,6 +50,12 @@ def test_a_process_that_was_frozen_while_it_asked_asks_again(monkeypatch: pytest
     assert ledger.settled == 0
 
 
+def test_nothing_starts_while_the_heartbeat_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger((-5, 0.0), (-5, 0.0), (1, 0.0))
+    assert run(monkeypatch, ledger) == "ran"
+    assert len(ledger.tokens) == 3 and len(set(ledger.tokens)) == 1
+
+
 def test_a_quick_answer_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger((1, 0.1))
     assert run(monkeypatch, ledger) == "ran"

@@ -22,7 +22,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def ended(lifeline: Lifeline, began: float | None) -> bool:
     """Whether a watchdog of leases of 10 s ends a process whose task began then."""
     calls: list[None] = []
-    Watchdog(lifeline, lambda: began, 10.0, lambda: calls.append(None)).look()
+    began_at = [] if began is None else [began]
+    Watchdog(lifeline, lambda: began_at, 10.0, lambda: calls.append(None)).look()
     return bool(calls)
 
 
@@ -41,6 +42,16 @@ def test_the_lease_counts_from_when_the_beat_was_sent(clock: Clock) -> None:
     clock.now += 9
     lifeline.answered(sent)
     assert ended(lifeline, 1000.0)
+
+
+def test_a_start_is_a_sign_of_half_a_lease(clock: Clock) -> None:
+    lifeline = Lifeline()
+    clock.now += 60  # its beats were answered, but this process has not seen it yet
+    began = clock.now
+    clock.now += 3.4
+    assert not ended(lifeline, began)
+    clock.now += 0.2
+    assert ended(lifeline, began)
 
 
 def test_a_process_without_a_task_is_left_alone(clock: Clock) -> None:
