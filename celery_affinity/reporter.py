@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -71,7 +72,8 @@ class Reporter:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._draining = self._drained = self._stopping = False
-        #: What the numbered change says (set by the heartbeat's thread), and which one is in force.
+        #: What the numbered change says, and which one is in force.
+        self._numbering = threading.Lock()
         self._said: object = None
         self._change = self._in_force = 0
         self._busy_slots: set[int] = set()
@@ -82,9 +84,7 @@ class Reporter:
 
     def register(self) -> None:
         """Announce this incarnation (again); a repeat changes nothing."""
-        change, announcement = self._change, self._announcement()
-        if self._said is None:
-            self._said = _changeable(announcement)
+        change, announcement = self._numbered()
         sent = seconds()
         self._scripts.register(self._incarnation, **announcement, change=change)
         self._lifeline.answered(sent)
@@ -216,18 +216,25 @@ class Reporter:
         if not registered and not self._draining and not self._stopping:
             self._register_anew(scripts)
 
+    def _numbered(self) -> tuple[int, dict[str, Any]]:
+        """The announcement as it is now, and its number: no two that differ have the same one."""
+        with self._numbering:
+            announcement = self._announcement()
+            said = _changeable(announcement)
+            if self._said is not None and said != self._said:
+                self._change += 1
+            self._said = said
+            return self._change, announcement
+
     def _tell_changes(self, scripts: Scripts) -> None:
-        announcement = self._announcement()
-        if _changeable(announcement) != self._said:
-            self._said = _changeable(announcement)
-            self._change += 1
-        if self._in_force >= self._change:
+        change, announcement = self._numbered()
+        if self._in_force >= change:
             return
         slots, queues, junk = (announcement[name] for name in ("slots", "queues", "junk"))
-        back = scripts.serve(self._incarnation, self._change, slots=slots, queues=queues, junk=junk)
+        back = scripts.serve(self._incarnation, change, slots=slots, queues=queues, junk=junk)
         if back is None:
             return  # not registered (any more): the next beat finds out
-        self._in_force = self._change
+        self._in_force = change
         logger.info(
             "Now serving %s with %d slots; %d tasks went back to the head of their tags.",
             ", ".join(repr(state) for state, _, _ in queues) or "no affinity queue",
@@ -245,7 +252,7 @@ class Reporter:
         self._lifeline.given_up()
         self._busy_slots = self.held.running_slots()
         sent = seconds()
-        change, announcement = self._change, self._announcement()
+        change, announcement = self._numbered()
         self._in_force = scripts.register(
             self._incarnation, **announcement, busy=sorted(self._busy_slots), change=change
         )

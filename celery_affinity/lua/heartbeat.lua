@@ -8,7 +8,8 @@
 --         runs is not its own;
 --         {1, sent again, taken back, number of its last change (of queues or slots) in force}
 -- A message that was dispatched longer ago than the grace, is not in the worker queue any more and
--- has not arrived is sent again with a new send number. One that started but is no longer held at two beats is taken back.
+-- has not arrived is sent again with a new send number. One that started but is no longer held at two
+-- beats, a tenth of the heartbeat timeout apart (some beats follow each other at once), is taken back.
 -- A repeat of a beat number counts no beat twice.
 -- What waits for longer than the grace behind an ordinary task goes back to the head if a slot
 -- elsewhere, or another one of a node, can take it.
@@ -72,9 +73,10 @@ for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
       end
     end
   end
-  local miss = missing and l.miss + 1 or 0
-  if miss ~= l.miss then l.miss = miss; changed = true end
-  if miss >= 2 then
+  local missed = l.miss
+  l.miss = missing and (missed > 0 and missed or NOW) or 0
+  if l.miss ~= missed then changed = true end
+  if missing and missed > 0 and NOW - missed >= w.timeout / 10 then
     back = back + #l.out
     take_back(l, true)
     release(l, true)

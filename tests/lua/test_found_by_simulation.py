@@ -11,8 +11,10 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from celery_affinity import gate as gate_module
 from celery_affinity.gate import Gate
 from celery_affinity.held import Held
+from celery_affinity.reporter import Reporter
 from celery_affinity.rescuer import Rescuer
 from celery_affinity.scripts import Scripts
+from celery_affinity.watchdog import Lifeline
 
 from .conftest import Bench, Copy
 
@@ -159,6 +161,17 @@ def test_copies_that_end_after_a_reconnect_do_not_end_the_report_of_the_one_that
     assert held.names() == []
 
 
+def test_two_beats_that_follow_each_other_at_once_are_no_reason_to_take_back(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", 1)
+    bench.admit()
+    copy = node.take()
+    assert copy.start() == 1
+    assert [node.beat(n) for n in range(5)] == [(True, 0, 0)] * 5
+    assert copy.settle() == "empty"
+
+
 class Away(Scripts):
     """A ledger that does not answer the first call of a script."""
 
@@ -171,6 +184,24 @@ class Away(Scripts):
             self._away.discard(name)
             raise RedisConnectionError("away")
         return super()._call(name, *args, lists=lists)
+
+
+def test_a_node_whose_first_registration_failed_tells_what_has_changed_since(bench: Bench) -> None:
+    bench.lead()
+    everything = {
+        "name": "n", "depth": 1, "slots": 1, "queues": [("q", 1, bench.pending + "-n")], "junk": [],
+        "role": "worker", "timeout_ms": 60_000,
+    }  # fmt: skip
+    announcement = dict(everything)
+    scripts = Away(bench, "register")
+    reporter = Reporter(lambda: scripts, "n", lambda: announcement, 2.0, Lifeline())
+    with pytest.raises(RedisConnectionError):
+        reporter.register()
+    announcement = {**everything, "queues": []}
+    reporter.register()
+    announcement = everything
+    reporter._tell_changes(scripts)
+    assert bench.client.zcard(bench.queue_key("idle")) == 1
 
 
 def _gate(scripts: Scripts) -> Gate:
