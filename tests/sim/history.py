@@ -244,7 +244,8 @@ class History:
         elif kind == "freeze node":
             self.world.freeze(node, rng.choice([1.0, 4.0, 12.0, 25.0]))
         elif kind == "freeze actor":
-            self.world.freeze(rng.choice(self.world.actors), rng.choice([0.5, 3.0, 7.0]))
+            mortal = [a for a in self.world.actors if not a.name.endswith("killer")]  # SIGKILL is not late
+            self.world.freeze(rng.choice(mortal), rng.choice([0.5, 3.0, 7.0]))
         elif kind == "freeze candidate":
             self.world.freeze(candidate, rng.choice([1.0, 6.0, 20.0]))
         elif kind == "kill node":

@@ -240,7 +240,7 @@ class Judge:
                 raise Violation("doubled", f"entry {entry} of epoch {epoch} was started by {run.token} and {token}")
         if entry in self.ended:
             raise Violation("doubled", f"entry {entry} was started after its {self.ended[entry]}")
-        if inc not in self.beats:
+        if inc not in self.beats and inc not in self.leaving:
             raise Violation("fencing", f"{inc} started entry {entry}, and is not registered")
         self._newest(tag, epoch, "start")
         self._in_order(tag, entry)

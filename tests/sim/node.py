@@ -132,12 +132,9 @@ class Node(Group):
                 self.world.sleep(0.5)
         self._actor("beat", self.reporter.run)
         while not self.stopping:
-            self.world.wait_until(self._has_work)
+            self.world.wait_until(lambda: bool(self.events or self.channel or self.listed > 0 or self.stopping))
             self._turn()
         self._stop()
-
-    def _has_work(self) -> bool:
-        return bool(self.events or self.channel or self.listed > 0 or self.stopping)
 
     def _turn(self) -> None:
         rng = self.world.rng
@@ -227,12 +224,15 @@ class Node(Group):
         job = proc.job
         if proc not in self.procs or job is None or job.stamp is None or not job.accepted or job.ended:
             return
+        if not proc.token:  # over before the ledger had answered: the process is killed at once
+            self.lose_process(proc)
+            return
         proc.dying = True
         self.history.bugs.time_limit(self.reporter, job.stamp)
         self._end(job)
 
         def killer() -> None:
-            self.world.sleep(self.world.rng.uniform(0.0, 1.5))
+            self.world.sleep(self.world.rng.uniform(0.0, 0.5))
             if proc in self.procs:
                 self.world.note(f"{proc.actor.name} is killed past its time limit")
                 self._kill(proc)
