@@ -132,12 +132,9 @@ class Node(Group):
                 self.world.sleep(0.5)
         self._actor("beat", self.reporter.run)
         while not self.stopping:
-            self.world.wait_until(self._has_work)
+            self.world.wait_until(lambda: bool(self.events or self.channel or self.listed > 0 or self.stopping))
             self._turn()
         self._stop()
-
-    def _has_work(self) -> bool:
-        return bool(self.events or self.channel or self.listed > 0 or self.stopping)
 
     def _turn(self) -> None:
         rng = self.world.rng
