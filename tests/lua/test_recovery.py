@@ -42,10 +42,11 @@ def test_a_rescue_in_steps_gives_back_all_of_it(bench: Bench) -> None:
 
 def test_the_dead_workers_warm_slot_is_not_offered_to_anybody(bench: Bench) -> None:
     bench.lead()
-    lost = bench.node("lost", timeout_ms=0)
+    lost = bench.node("lost")
     bench.send("a", 1)
     bench.admit()
     lost.drain_all()
+    bench.overdue("lost")
     bench.scripts.rescue("q", bench.fence, 50)
     bench.send("a", 2)
     bench.admit()
@@ -87,6 +88,7 @@ def test_a_started_entry_that_two_beats_miss_is_taken_back(bench: Bench) -> None
     bench.send("a", 1)
     bench.admit()
     copy = node.take()
+    bench.overdue("n", 60_000)
     copy.start()
     assert node.beat(1, [copy]) == (True, 0, 0)
     assert node.beat(2) == (True, 0, 0)
@@ -97,6 +99,7 @@ def test_a_started_entry_that_two_beats_miss_is_taken_back(bench: Bench) -> None
     again = node.take()
     assert (again.id, again.stamp.attempt) == ("a-1", 2)
     assert copy.settle() == "stale"
+    bench.overdue("n", 60_000)
     assert again.run() == "empty"
 
 

@@ -12,7 +12,7 @@ GIVE_BACK = {"rescue", "leave", "drain", "lost", "occupy", "heartbeat", "process
 FENCED = {"admit", "resolve", "promote", "rescue", "rebase", "renew", "resign", "configure", "told"}
 #: Answers that say "not yours": such a call has to change nothing.
 REFUSALS: dict[str, tuple[Any, ...]] = {
-    "start": (-1, -2, -3), "settle": (b"stale",), "heartbeat": ([0],), "renew": (0,), "resign": (0,),
+    "start": (-1, -2, -3, -5), "settle": (b"stale",), "heartbeat": ([0],), "renew": (0,), "resign": (0,),
     "admit": ([-1],), "promote": ([-1],), "resolve": (-1, 0), "rescue": ([-1],), "rebase": ([-1],),
     "configure": (-1,), "told": (-1,), "serve": ([-1, 0, 0], [0, 0, 0]), "discard": (0,), "finish": (0,), "lost": (b"settled",), "vacate": (0,),
     "process_up": (0,), "occupy": (0,),

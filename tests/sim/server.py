@@ -35,6 +35,7 @@ REPLACED = (
     (re.compile(r"redis\.call\('EXPIRE', "), "sim_expire(1000, "),
     (re.compile(r"redis\.call\('PTTL', "), "sim_left("),
     (re.compile(r"redis\.call\('SET', (.+), 'PX', (.+)\)"), r"sim_set(\1, \2)"),
+    (re.compile(r"redis\.call\('SET', (.+), 'EX', (.+)\)"), r"sim_set(\1, (\2) * 1000)"),
     (re.compile(r"redis\.call\('SRANDMEMBER', "), "sim_member("),
     (re.compile(r"redis\.p?call\("), "sim_call("),
 )

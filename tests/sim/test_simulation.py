@@ -20,7 +20,7 @@ BLOCKS, BLOCK = 10, 50
 #: A planted bug is found in so many, or not.
 PATIENCE = 1000
 #: Scripts of periodic tasks' runs, which nobody sends here.
-ELSEWHERE = {"claim_run", "confirm_run", "forget_runs"}
+ELSEWHERE = {"claim_run", "confirm_run", "forget_runs", "purge", "requeue", "resume_tag"}
 #: Where the search begins for those that are met seldom (docs/simulation.md counts from 0).
 FROM = {"vacated-once": 55, "flush-forgets": 785, "uncounted-copies": 40}
 
@@ -89,4 +89,4 @@ def test_a_script_that_reads_the_servers_clock_in_another_way_is_an_error() -> N
     time = "local TIME = redis.call('TIME')\n"
     assert "SIM_TIME" in virtual(time, "one")
     with pytest.raises(AssertionError, match="virtual clock"):
-        virtual(time + "redis.call('SET', KEYS[1], 'x', 'EX', 5)", "one")
+        virtual(time + "redis.call('SET', KEYS[1], 'x', 'PXAT', 5)", "one")
