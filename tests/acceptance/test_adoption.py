@@ -124,16 +124,16 @@ def test_an_evacuated_app_runs_on_under_plain_celery_and_can_come_back(
 ) -> None:
     worker = cluster.worker(APP, "new", queues="jobs", concurrency=2, environ=QUICK, extra=LEAN)
     wait_for_nodes(producer.affinity, 1)
-    producer.send_each(TAGS[:4], 2, ms=500)
-    wait_until(lambda: len(runs(history_path)) >= 2, what="running tasks")
+    producer.send_each(["hot", "hotter"], ms=8000)  # for as long as the command needs to start
+    wait_until(lambda: len(runs(history_path)) == 2, what="running tasks")
     producer.send_each(TAGS, 30)
     for number in range(20):
-        producer.send(f"later-{number}", countdown=4)
+        producer.send(f"later-{number}", countdown=12)
     wait_until(lambda: producer.affinity.stats("jobs").pending == 0, what="the admission")
 
     answer = json.loads(operate(cluster, "evacuate", "jobs", "--yes", "--json"))
 
-    assert answer["done"] and answer["moved"] >= 500
+    assert answer["done"] and answer["moved"] == producer.sent - 2 >= 500
     stats = producer.affinity.stats("jobs")
     assert (stats.evacuated, stats.entries, stats.pending) == (True, 0, answer["moved"])
     producer.send("afterwards", 3)

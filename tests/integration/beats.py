@@ -106,6 +106,15 @@ class Plain(AffinityScheduler):
     """Of Celery's own entries."""
 
 
+# At import: pytest-celery looks at every object of the process, and unconfigured settings object.
+if not django_settings.configured:
+    django_settings.configure(
+        INSTALLED_APPS=["django_celery_beat"], USE_TZ=True,
+        DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}},
+    )
+    django.setup()
+
+
 def redbeat() -> type[Any]:
     from redbeat import RedBeatScheduler
 
@@ -113,12 +122,6 @@ def redbeat() -> type[Any]:
 
 
 def database(tmp_path: Path) -> type[Any]:
-    if not django_settings.configured:
-        django_settings.configure(
-            INSTALLED_APPS=["django_celery_beat"], USE_TZ=True,
-            DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}},
-        )
-        django.setup()
     from django.core.management import call_command
 
     call_command("migrate", verbosity=0)
