@@ -94,7 +94,8 @@ class Gate:
         slot: The slot that this process is, for ordinary tasks; None if slots are not processes.
         in_process: Whether tasks run in the worker's own process (threads, solo, gevent).
         ordinary: Whether ordinary tasks have to occupy a slot.
-        trust_seconds: How old the permission to start may be when it arrives.
+        trust_seconds: How old the permission to start may be when it arrives, and for how long a
+            task must have its lease at least when it starts.
         succeeded: Asks the result backend for the stored result's repr of a task that has
             succeeded already; None if it has not, or nothing can be said.
     """
@@ -249,7 +250,13 @@ class Gate:
             asked = seconds()
             answer: int = self._patiently(
                 lambda: self._scripts.start(
-                    stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.send, token
+                    stamp.incarnation,
+                    stamp.slot,
+                    stamp.entry,
+                    stamp.epoch,
+                    stamp.send,
+                    token,
+                    int(self._trust_seconds * 1000),
                 )
             )
             if answer == HEARTBEAT_LATE:

@@ -30,11 +30,17 @@ _COMMENT = re.compile(r"^\s*--.*\n", re.MULTILINE)
 
 @cache
 def source(name: str) -> str:
-    """The text of a script with its includes, without comments."""
+    """The text of a script with its includes where it names them, without comments.
+
+    What stands below the common way out of a script costs its calls nothing: each call makes every
+    function anew that it comes by.
+    """
     folder = files("celery_affinity") / "lua"
-    text = (folder / f"{name}.lua").read_text()
-    parts = [(folder / "include" / f"{part}.lua").read_text() for part in _INCLUDE.findall(text)]
-    return _COMMENT.sub("", "\n".join([*parts, text]))
+
+    def included(line: re.Match[str]) -> str:
+        return (folder / "include" / f"{line.group(1)}.lua").read_text()
+
+    return _COMMENT.sub("", _INCLUDE.sub(included, (folder / f"{name}.lua").read_text()))
 
 
 def _text(value: Any) -> str:
@@ -330,10 +336,17 @@ class Scripts:
     # What happens to a dispatched message
 
     def start(
-        self, incarnation: str, slot: int, entry: str, epoch: str, send: str, token: str
+        self,
+        incarnation: str,
+        slot: int,
+        entry: str,
+        epoch: str,
+        send: str,
+        token: str,
+        least_ms: int,
     ) -> int:
         """1 to run it; negative to refuse this copy; see start.lua."""
-        return int(self._call("start", incarnation, slot, entry, epoch, send, token))
+        return int(self._call("start", incarnation, slot, entry, epoch, send, token, least_ms))
 
     def settle(
         self,

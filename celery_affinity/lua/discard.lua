@@ -11,6 +11,7 @@
 -- @include deliver
 -- @include lease
 -- @include match
+-- @include proceed
 -- @include go_on
 
 -- Whether a worker of the queue is not known to lack the task. (Looks at 1,000 workers at most.)

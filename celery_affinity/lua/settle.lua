@@ -14,10 +14,7 @@
 -- @include ring
 -- @include deliver
 -- @include lease
--- @include match
--- @include admit_entry
--- @include go_on
--- @include keep_place
+-- @include proceed
 local inc, i, entry, epoch, token, outcome = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local l, leased = load_lease(inc, i)
 if l.last_token == token then return l.last_answer end
@@ -26,6 +23,23 @@ if not leased or l.epoch ~= epoch or not first or first.entry ~= entry or first.
   return 'stale'
 end
 local q, tag = l.q, l.tag
+local w = worker(inc)
+local function answered(answer)
+  redis.call('HSET', slot_key(inc, i), 'lt', token, 'lr', answer)
+  return answer
+end
+local plain = outcome == 'done' and not ARGV[7]
+if plain then
+  forget_entry(q, entry)
+  count(q, 'settled')
+  drop_first(l)
+  if proceed(l, w) then return answered('held') end
+end
+-- @include match
+-- @include admit_entry
+-- @include go_on
+-- @include keep_place
+if plain then return answered(pass_on(l, w)) end
 local failed = outcome == 'failed' and conf(q).failure > 0
 if outcome == 'bury' then
   bury(q, entry, tag, ARGV[7])
@@ -52,6 +66,4 @@ else
   count(q, 'settled')
 end
 drop_first(l)
-local answer = go_on(l, worker(inc))
-redis.call('HSET', slot_key(inc, i), 'lt', token, 'lr', answer)
-return answer
+return answered(go_on(l, w))

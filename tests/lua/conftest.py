@@ -130,12 +130,13 @@ class Copy:
     token: str = ""
 
     def start(
-        self, token: str | None = None, send: str | None = None, epoch: str | None = None
+        self, token: str | None = None, send: str | None = None, epoch: str | None = None,
+        least_ms: int = 0,
     ) -> int:
         s = self.stamp
         self.token = token or f"token-{next(self.node.bench.tokens)}"
         return self.node.bench.scripts.start(
-            s.incarnation, s.slot, s.entry, epoch or s.epoch, send or s.send, self.token
+            s.incarnation, s.slot, s.entry, epoch or s.epoch, send or s.send, self.token, least_ms
         )
 
     def settle(self, outcome: str = "done", *retries: object, token: str | None = None) -> str:

@@ -21,7 +21,7 @@ class Ledger:
         self._answers = list(answers)
 
     def start(self, *arguments: Any) -> int:
-        self.tokens.append(arguments[-1])
+        self.tokens.append(arguments[-2])
         answer, took = self._answers.pop(0)
         self.now += took
         return answer

@@ -1,13 +1,7 @@
 -- After something a lease had out has ended: its next message, or another tag's, or nothing.
 
-local function go_on(l, w)
-  l.miss = 0
-  if w and w.active then pump(l, w) end
-  if #l.out > 0 and is_halted(l.q, l.tag) then take_back(l, false) end
-  if #l.out > 0 then
-    save_lease(l)
-    return 'held'
-  end
+-- End a lease that does not go on; why.
+local function pass_on(l, w)
   local reason = 'drained'
   if w and w.active and serves(w, l.q, l.i) then
     reason = redis.call('EXISTS', backlog_key(l.q, l.tag)) == 0 and 'empty'
@@ -19,7 +13,7 @@ local function go_on(l, w)
   return reason
 end
 
-local function drop_first(l)
-  l.out[1] = l.out[2]
-  l.out[2] = nil
+local function go_on(l, w)
+  if proceed(l, w) then return 'held' end
+  return pass_on(l, w)
 end
