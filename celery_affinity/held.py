@@ -24,7 +24,8 @@ class Held:
         self._copies: dict[str, list[None]] = {}
         self._accepted: set[str] = set()
         self._refused: dict[tuple[str, str], None] = {}
-        self._flushed: dict[str, None] = {}
+        #: The same of messages that the pool may have thrown away: then they never end.
+        self._flushed: dict[str, list[None]] = {}
         #: Called with the stamp of each message that ends.
         self.on_end: Callable[[Stamp], None] = lambda stamp: None
 
@@ -39,17 +40,20 @@ class Held:
 
     def ended(self, stamp: Stamp) -> None:
         """It has ended here, in whatever way. While another copy of it is here it stays held."""
-        copies = self._copies.get(stamp.held)
+        held = stamp.held
+        live = held in self._requests
+        copies = (self._copies if live else self._flushed).get(held)
         if copies:
             copies.pop()
             if copies:
                 return
-        self._copies.pop(stamp.held, None)
-        self._accepted.discard(stamp.held)
-        if self._requests.pop(stamp.held, None):
-            self.on_end(stamp)
+        self._accepted.discard(held)
+        if live:
+            self._copies.pop(held, None)
+            if self._requests.pop(held, None):
+                self.on_end(stamp)
         else:
-            self._flushed.pop(stamp.held, None)
+            self._flushed.pop(held, None)
 
     def refused(self, stamp: Stamp) -> None:
         """It was announced here and then not run: its entry may come again."""
@@ -68,21 +72,19 @@ class Held:
         it is to be sent again if it did not start, but not taken back if it did.
         """
         for held in list(self._requests):
+            copies = self._copies.get(held, [])
             if held not in self._accepted:
                 self._requests.pop(held, None)
-                self._may_run(held)
-            elif len(self._copies.get(held, ())) > 1:
-                # Whether the other copies are still to end depends on the pool.
-                self._copies[held] = [None]
-                self._may_run(held)
+                self._copies.pop(held, None)
+                self._may_run(held, copies)
+            elif len(copies) > 1:
+                self._copies[held] = [copies.pop()]
+                self._may_run(held, copies)
 
-    def _may_run(self, held: str) -> None:
-        self._flushed[held] = None
+    def _may_run(self, held: str, copies: list[None]) -> None:
+        self._flushed[held] = copies
         if len(self._flushed) > self.REFUSED:
-            oldest = next(iter(self._flushed))
-            self._flushed.pop(oldest, None)
-            if oldest not in self._requests:
-                self._copies.pop(oldest, None)
+            self._flushed.pop(next(iter(self._flushed)), None)
 
     def names(self) -> list[str]:
         """What is held, as heartbeats name it; what may be held has ":?" behind its name."""

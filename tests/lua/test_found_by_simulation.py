@@ -161,6 +161,22 @@ def test_copies_that_end_after_a_reconnect_do_not_end_the_report_of_the_one_that
     assert held.names() == []
 
 
+def test_a_copy_that_comes_again_after_a_reconnect_is_held_until_its_own_end(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    bench.send("a", 1)
+    bench.admit()
+    copy, held, ends = node.take(), Held(), []
+    held.on_end = ends.append
+    held.arrived(copy.stamp, "thrown away by the pool")
+    held.flushed()
+    held.arrived(copy.stamp, "again")
+    held.accepted(copy.stamp)
+    held.ended(copy.stamp)
+    assert (ends, held.running_slots()) == ([copy.stamp], set())
+    assert held.names() == [f"{copy.stamp.held}:?"]
+
+
 def test_two_beats_that_follow_each_other_at_once_are_no_reason_to_take_back(bench: Bench) -> None:
     bench.lead()
     node = bench.node("n")
