@@ -326,10 +326,11 @@ class Affinity(DeadLetterCalls):
         for task in self.app.tasks.values():
             if not hasattr(task, "affinity_tag_from"):
                 continue
-            queue = getattr(task, "affinity_queue", None)
+            route = self.app.amqp.router.lookup_route(task.name) or {}
+            queue = getattr(task, "affinity_queue", None) or route.get("queue")
             name = getattr(queue, "name", queue)
             declared = {n for q in self.settings.queues for n in (q.name, q.pending)}
-            if name is not None and name not in declared:
+            if not declared or (name is not None and name not in declared):
                 raise UndeclaredQueueError(str(name), self.settings.queue_names, task.name)
 
     def raise_startup_error(self) -> None:

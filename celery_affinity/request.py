@@ -168,6 +168,13 @@ class DispatchedRequest:
                 )
                 self._vanish()
                 return
+            logger.warning(
+                "Buried task %s[%s]: its process is gone (%s), and it is not to run again.",
+                self.name,
+                self.id,
+                error,
+                extra={"action": "bury", "task_id": self.id, "reason": str(error)},
+            )
             fail = never_requeued(self.task, super().on_failure)  # type: ignore[misc]
         elif not return_ok and self._never_started(error):
             # The pool process could not read it; the leader tells whoever waits for its result.
@@ -345,5 +352,13 @@ def requeue_unknown_tasks(consumer: Any, ends: LedgerEnds) -> None:
             )
             return
         stock(consumer, body, message, exc)
+        if stamp is not None:
+            logger.warning(
+                "Buried task %s[%s], which no worker of its queue knows: it was not discarded, it "
+                "is in the dead letters.",
+                message.headers["task"],
+                message.headers.get("id"),
+                extra={"action": "bury", "task": message.headers["task"]},
+            )
 
     consumer.on_unknown_task = on_unknown_task

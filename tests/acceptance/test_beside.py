@@ -130,7 +130,8 @@ def test_an_affinity_task_in_an_ordinary_queue_takes_the_detour_through_the_ledg
     ordinary = cluster.worker(APP, "ordinary", queues="ordinary", environ=QUICK, extra=LEAN)
     cluster.worker(APP, "affine", queues="jobs", concurrency=2, environ=QUICK, extra=LEAN)
     ordinary.wait_ready()
-    producer.app.control.add_consumer("jobs", destination=[ordinary.name])
+    tell = producer.app.control
+    wait_until(lambda: tell.add_consumer("jobs", destination=[ordinary.name], reply=True), what="an answer")
     ordinary.wait_for_log("Not consuming 'jobs'")
 
     sent = [

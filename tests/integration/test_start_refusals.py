@@ -75,6 +75,23 @@ WORKER = ("worker", "-Q", "jobs", "-c", "1", "-P", "solo")
         (
             """
             app.conf.task_routes = {"refused.*": "jobs"}
+            affinity = Affinity(app, queues=[AffinityQueue("others")])
+            @affinity_task(tag_from="tag")
+            def task(tag): pass
+            """,
+            "affinity task 'refused.task' is sent to queue 'jobs', which is not an affinity queue",
+        ),
+        (
+            """
+            affinity = Affinity(app)
+            @affinity_task(tag_from="tag")
+            def task(tag): pass
+            """,
+            "(declared: none)",
+        ),
+        (
+            """
+            app.conf.task_routes = {"refused.*": "jobs"}
             @affinity_task(tag_from="tag")
             def task(tag): pass
             """,
