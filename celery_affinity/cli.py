@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from celery_affinity.exceptions import ConfigurationError
+from celery_affinity.exceptions import ConfigurationError, UndeclaredQueueError
 
 __all__ = ("affinity",)
 
@@ -31,6 +31,8 @@ def evacuate(context: click.Context, queue: str, timeout: float, yes: bool, as_j
     without the library. Exit code 1: tasks still run; nothing was moved; repeat it.
     """
     bound = _affinity(context)
+    if bound.settings.queue(queue) is None:
+        raise UndeclaredQueueError(queue, bound.settings.queue_names)
     if not yes:
         click.confirm(f"Stop {queue!r} and write its tasks back to the Celery queue?", abort=True)
     record = bound.evacuate(queue, timeout=timeout)

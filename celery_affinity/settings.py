@@ -45,18 +45,20 @@ def _explain(
     lines = []
     origins = origins or {}
     for problem in error.errors():
-        name = ".".join(str(part) for part in problem["loc"]) or "settings"
+        name = ".".join(str(part) for part in problem["loc"])
         top = str(problem["loc"][0]) if problem["loc"] else ""
         origin = f" (from {origins[top]})" if top in origins else ""
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
+            near = get_close_matches(name, model.model_fields, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
             known = ", ".join(sorted(model.model_fields))
-            message = f"there is no such setting; correct or remove it (known: {known})"
-        elif name != "settings":
+            message = f"there is no such setting; {hint}correct or remove it (known: {known})"
+        elif name:
             message += f"; found {problem['input']!r:.80}"
         else:
             message += _mentioned(message, origins)
-        lines.append(f"{name}{origin}: {message}")
+        lines.append(f"{name}{origin}: {message}" if name else message)
     return f"{what} cannot be used:\n  " + "\n  ".join(lines)
 
 

@@ -73,7 +73,10 @@ def test_odd_queue_names_are_taken(name: str) -> None:
 
 
 def test_an_unknown_setting_of_a_queue_names_the_known_ones() -> None:
-    with pytest.raises(ConfigurationError, match=r"batch_size.*known: .*max_batch_size"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"batch_size.*did you mean 'max_batch_size'.*known: .*max_batch_size",
+    ):
         AffinityQueue("q", batch_size=3)
 
 
