@@ -81,11 +81,15 @@ class Affinity(DeadLetterCalls):
         app.steps["worker"].add(WorkerStep)
         app.steps["consumer"].add(ConsumerStep)
         self._excluded: set[str] = set()
-        signals.celeryd_init.connect(self._on_celeryd_init, weak=False)
-        signals.worker_init.connect(self._on_worker_init, weak=False)
-        signals.worker_process_init.connect(self._on_process_init, weak=False)
-        signals.worker_process_shutdown.connect(self._on_process_shutdown, weak=False)
-        signals.worker_shutting_down.connect(self._on_shutting_down, weak=False)
+        for signal, receiver in (
+            (signals.celeryd_init, self._on_celeryd_init),
+            (signals.worker_init, self._on_worker_init),
+            (signals.worker_process_init, self._on_process_init),
+            (signals.worker_process_shutdown, self._on_process_shutdown),
+            (signals.worker_shutting_down, self._on_shutting_down),
+        ):
+            # Celery 5.4 takes the same method of two objects for one receiver.
+            signal.connect(receiver, weak=False, dispatch_uid=f"{receiver.__name__} {id(self)}")
 
     # Settings
 

@@ -208,6 +208,7 @@ class SlotPool(ResizablePool):
         """
         self._forget_waiting()
         in_pipe = [job for job in self._cache.values() if self._is_in_pipe(job)]
+        kept = {number: job for number, job in self._cache.items() if self._is_with_process(job)}
         for job in in_pipe:
             job._accepted = True  # spared by the stock flush
             if hasattr(job, "affinity_stamp"):
@@ -217,6 +218,14 @@ class SlotPool(ResizablePool):
         finally:
             for job in in_pipe:
                 job._accepted = False
+        for number, job in kept.items():  # Celery 5.4 forgets running ones, too
+            if job._write_to._is_alive():
+                self._cache.setdefault(number, job)
+                self._busy_workers.add(job._write_to.inqW_fd)
+
+    def _is_with_process(self, job: Any) -> bool:
+        running = job._accepted and hasattr(job, "affinity_stamp")
+        return job._write_to is not None and (running or self._is_in_pipe(job))
 
     def _is_in_pipe(self, job: Any) -> bool:
         if job._accepted or job._write_to is None:
