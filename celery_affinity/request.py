@@ -211,6 +211,16 @@ class DispatchedRequest:
         super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
         self._ended()
 
+    def cancel(self, *args: Any, **kwargs: Any) -> None:
+        """A cold stop kills its process, and the node's leave gives the task back.
+
+        Celery notes that only of tasks whose process has said that it runs them. One that was still
+        in the pipe would be taken for revoked when its process ends, and be lost
+        (test_a_cancelled_task_is_not_taken_for_a_revoked_one).
+        """
+        self._already_cancelled = True
+        super().cancel(*args, **kwargs)  # type: ignore[misc]
+
     def _announce_cancelled(self, emit_retry: bool = True) -> None:
         # A cold stop: the process is killed and the node's leave gives the task back.
         worker_state.task_ready(self)

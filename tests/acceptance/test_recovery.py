@@ -199,6 +199,18 @@ def test_a_stop_that_strikes_a_job_in_the_pipe_does_not_hang(
     assert (stats.entries, stats.settled) == (1, 1)
 
 
+def test_a_cold_stop_that_strikes_a_job_in_the_pipe_does_not_lose_it(
+    in_the_pipe: Node, producer: Producer, cluster: Cluster, history_path: Path
+) -> None:
+    (child,) = in_the_pipe.children()
+    in_the_pipe.quit()
+    in_the_pipe.wait_for_log("Hitting Ctrl+C again")
+    os.kill(child, signal.SIGCONT)
+    in_the_pipe.wait(40)
+    cluster.worker(APP, "w2", queues="jobs", environ=QUICK, extra=LEAN)
+    finished(history_path)
+
+
 def test_a_job_that_was_in_the_pipe_when_the_connection_was_lost_runs_once(
     in_the_pipe: Node, cluster: Cluster, history_path: Path, producer: Producer, redis: Redis
 ) -> None:
