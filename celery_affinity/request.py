@@ -67,6 +67,8 @@ class DispatchedRequest:
     parent_id: str | None
     request_dict: dict[str, Any]
     expires: Any
+    _already_cancelled: bool
+    _already_revoked: bool
 
     def __init__(self, message: Any, **options: Any) -> None:
         stamp = Stamp.parse(message.headers.get(STAMP_HEADER))
@@ -155,7 +157,8 @@ class DispatchedRequest:
         """It failed, or its process is gone: then the ledger says whether it runs again."""
         error = exc_info.exception
         error = getattr(error, "exc", error)
-        if isinstance(error, (WorkerLostError, SystemExit)) and not return_ok:
+        lost = isinstance(error, (WorkerLostError, SystemExit)) or self._died_for_another(error)
+        if lost and not return_ok:
             verdict = self.affinity_ends.process_lost(self.affinity_stamp)
             if verdict != "buried":
                 logger.warning(
@@ -187,6 +190,15 @@ class DispatchedRequest:
         finally:
             self._ended()
 
+    def _died_for_another(self, error: Exception) -> bool:
+        """Whether its process was terminated for the sake of the task before it.
+
+        A cold stop and a revoke kill the process of a task that has just ended, where the parent
+        has not read so yet; that one runs the next task already. Celery takes it for revoked.
+        """
+        meant = self._already_cancelled or self._already_revoked
+        return isinstance(error, Terminated) and not meant
+
     def _never_started(self, error: Exception) -> bool:
         if isinstance(error, (Terminated, TimeLimitExceeded)):
             return False
@@ -210,16 +222,6 @@ class DispatchedRequest:
             self.affinity_ends.discard(self.affinity_stamp, "settle", reason)
         super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
         self._ended()
-
-    def cancel(self, *args: Any, **kwargs: Any) -> None:
-        """A cold stop kills its process, and the node's leave gives the task back.
-
-        Celery notes that only of tasks whose process has said that it runs them. One that was still
-        in the pipe would be taken for revoked when its process ends, and be lost
-        (test_a_cancelled_task_is_not_taken_for_a_revoked_one).
-        """
-        self._already_cancelled = True
-        super().cancel(*args, **kwargs)  # type: ignore[misc]
 
     def _announce_cancelled(self, emit_retry: bool = True) -> None:
         # A cold stop: the process is killed and the node's leave gives the task back.

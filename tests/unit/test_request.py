@@ -1,25 +1,42 @@
-"""What a dispatched request tells Celery of itself."""
+"""What a dispatched request makes of the end of its process."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
+from billiard.exceptions import Terminated
+from celery.worker import state as worker_state
 
 from celery_affinity.request import DispatchedRequest
 
 
 class Stock:
-    """Celery's request, of a task whose process has not said yet that it runs it."""
+    """Celery's request: takes a termination that it did not ask for for a revoke."""
 
-    time_start = None
-    _already_cancelled = False
+    id, name = "id", "task"
+    _already_cancelled = _already_revoked = False
 
-    def cancel(self, pool: Any, signal: Any = None) -> None:
-        """Celery notes nothing then."""
+    def on_failure(self, *_: Any) -> None:
+        self.failures = [*getattr(self, "failures", []), "stock"]
 
 
-def test_a_cancelled_task_is_not_taken_for_a_revoked_one() -> None:
-    """Its process may run it already; it ends as terminated, and the node's leave gives it back."""
-    request = type("Request", (DispatchedRequest, Stock), {})
-    one = request.__new__(request)
-    one.cancel(None)
-    assert one._already_cancelled
+@pytest.mark.parametrize("meant", ["", "_already_cancelled", "_already_revoked"])
+def test_a_task_whose_process_was_killed_for_the_one_before_it_is_not_revoked(
+    meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_state, "task_ready", lambda request: None)
+    asked: list[object] = []
+    held = SimpleNamespace(ended=lambda stamp: None, other_request=lambda *_: None)
+    ends = SimpleNamespace(held=held, process_lost=lambda stamp: asked.append(stamp) or "requeued")
+    kind = type("Request", (DispatchedRequest, Stock), {"affinity_ends": ends})
+    one: Any = kind.__new__(kind)
+    one.affinity_stamp = "stamp"
+    if meant:
+        setattr(one, meant, True)
+
+    one.on_failure(SimpleNamespace(exception=Terminated(15)))
+
+    assert asked == ([] if meant else ["stamp"]), "the ledger gives it back to its tag"
+    assert getattr(one, "failures", []) == (["stock"] if meant else [])
