@@ -1,10 +1,12 @@
 """Sticky affinity routing for Celery: a tag has one worker at a time, in order, in batches."""
 
 from celery_affinity.app import Affinity
+from celery_affinity.batches import BatchRequest
 from celery_affinity.context import AffinityContext, current
 from celery_affinity.events import tag_acquired, tag_released
 from celery_affinity.exceptions import (
     AffinityError,
+    BatchResultError,
     BuriedError,
     ConfigurationError,
     MissingTagError,
@@ -37,6 +39,7 @@ __all__ = (
     "AffinitySettings",
     # tasks
     "AffinityContext",
+    "BatchRequest",
     "affinity_task",
     "current",
     "tag_acquired",
@@ -51,6 +54,7 @@ __all__ = (
     "WorkerRecord",
     # errors
     "AffinityError",
+    "BatchResultError",
     "BuriedError",
     "ConfigurationError",
     "MissingTagError",

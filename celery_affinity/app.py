@@ -155,10 +155,11 @@ class Affinity(DeadLetterCalls):
         *,
         queue: Any = None,
         tag_from: TagFrom | None = None,
+        batch: bool = False,
         **options: Any,
     ) -> Any:
         """Declare an affinity task of this app; see `affinity_task`."""
-        return declare(self.app.task, fun, tag_from, queue, options)
+        return declare(self.app.task, fun, tag_from, queue, batch, options)
 
     # Reading the ledger
 

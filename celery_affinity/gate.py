@@ -29,10 +29,11 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 from celery.exceptions import Reject, SoftTimeLimitExceeded
@@ -47,7 +48,16 @@ from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp, tag_text
 from celery_affinity.scripts import Scripts
 from celery_affinity.watchdog import seconds
 
-__all__ = ("REFUSED", "Gate", "Run", "current_run")
+__all__ = (
+    "REFUSED",
+    "Gate",
+    "Run",
+    "Tracer",
+    "current_run",
+    "outcome_of",
+    "outcome_of_error",
+    "running",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +86,14 @@ class Run:
         #: Tasks that it sent and that can start only when it has ended; see waiting.py.
         self.own_tag_ids: set[str] = set()
 
+    def retry_words(self) -> list[object]:
+        """Its retries as the ledger is told of them: message, due time in ms or ""."""
+        return [
+            part
+            for message, eta in self.retry_messages
+            for part in (message, "" if eta is None else eta)
+        ]
+
 
 _run: ContextVar[Run | None] = ContextVar("celery_affinity_run", default=None)
 
@@ -83,6 +101,40 @@ _run: ContextVar[Run | None] = ContextVar("celery_affinity_run", default=None)
 def current_run() -> Run | None:
     """The run that the calling code is part of, or None."""
     return _run.get()
+
+
+@contextmanager
+def running(run: Run) -> Iterator[None]:
+    """The block is part of that run."""
+    token = _run.set(run)
+    try:
+        yield
+    finally:
+        _run.reset(token)
+
+
+class BatchCall(Protocol):
+    """The call of a batch task's function for several entries; see batches.py."""
+
+    def trace(self, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Any) -> Any:
+        """Have all entries traced; what the tracer says of the first."""
+
+    def ends(
+        self, run: Run, outcome: str, words: Sequence[object]
+    ) -> list[tuple[str, str, Sequence[object]]]:
+        """What `settle_batch` is told of each entry."""
+
+
+class BatchTask(Protocol):
+    """A task that takes what waits behind it."""
+
+    name: str
+    most_bytes: int
+
+    def call(
+        self, run: Run, request: Mapping[str, Any], found: Sequence[tuple[str, bytes]]
+    ) -> BatchCall:
+        """The call for a first entry and those that joined it (entry, message)."""
 
 
 class Gate:
@@ -158,14 +210,14 @@ class Gate:
         for slot in list(self._held):
             self._release(slot, "drained")
 
-    def around(self, tracer: Tracer) -> Tracer:
-        """The tracer behind this gate."""
+    def around(self, tracer: Tracer, batch: BatchTask | None = None) -> Tracer:
+        """The tracer behind this gate. Of a batch task, one start may be followed by several."""
 
         def gated(uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
             stamp = Stamp.parse(request.pop(STAMP_HEADER, None)) if request else None
             if stamp is None:
                 return self._ordinary_task(tracer, uuid, args, kwargs, request)
-            return self._dispatched_task(stamp, tracer, uuid, args, kwargs, request)
+            return self._dispatched_task(stamp, batch, tracer, uuid, args, kwargs, request)
 
         return gated
 
@@ -184,11 +236,22 @@ class Gate:
             self._patiently(lambda: self._scripts.vacate(self._incarnation, token))
 
     def _dispatched_task(
-        self, stamp: Stamp, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Any
+        self,
+        stamp: Stamp,
+        batch: BatchTask | None,
+        tracer: Tracer,
+        uuid: str,
+        args: Any,
+        kwargs: Any,
+        request: Any,
     ) -> Any:
         run = Run(stamp, uuid, request.get("retries") or 0, self._token())
         self._announce()
         answer = self._start(stamp, run.token)
+        call = None
+        if answer == 1 and batch is not None and stamp.attempt == 1:
+            answer, found = self._take(run, batch)
+            call = batch.call(run, request, found) if found else None
         if answer != 1:
             logger.debug(
                 "Refused a copy of task %s (%s).",
@@ -225,16 +288,13 @@ class Gate:
                     extra={"action": "settle_stored", "task_id": uuid},
                 )
                 return self._refusal(stored)
-            answer = tracer(uuid, args, kwargs, request)
-            if _asks_for_requeue(getattr(answer, "retval", None)):
-                outcome = "again"
-            elif failure := _failure_of(answer):
-                outcome = "failed"
+            answer = (call.trace if call else _traced)(tracer, uuid, args, kwargs, request)
+            outcome, failure = outcome_of(answer)
             return answer
         except BaseException as error:
-            if _asks_for_requeue(error):
-                outcome = "again"
-            elif not isinstance(error, Exception):
+            if isinstance(error, Exception):
+                outcome = outcome_of_error(error)
+            else:
                 outcome = ""
                 self._process_stops(stamp, told=_is_of_greenlets(error))
             raise
@@ -242,7 +302,7 @@ class Gate:
             del self._began[run.token]
             _run.reset(running)
             if outcome:
-                self._settle(run, queue, tag, outcome, failure)
+                self._settle(run, queue, tag, outcome, failure, call)
             context.leave(here)
 
     def _start(self, stamp: Stamp, token: str) -> int:
@@ -264,6 +324,28 @@ class Gate:
             elif answer != 1 or seconds() - asked < self._trust_seconds:
                 return answer
 
+    def _take(self, run: Run, batch: BatchTask) -> tuple[int, Sequence[tuple[str, bytes]]]:
+        """What joins a started batch task; its code is as that of a start."""
+        stamp = run.stamp
+        while True:
+            asked = seconds()
+            code, found = self._patiently(
+                lambda: self._scripts.take(
+                    stamp.incarnation,
+                    stamp.slot,
+                    stamp.entry,
+                    stamp.epoch,
+                    run.token,
+                    int(self._trust_seconds * 1000),
+                    batch.name,
+                    batch.most_bytes,
+                )
+            )
+            if code == HEARTBEAT_LATE:
+                time.sleep(0.05)
+            elif code != 1 or seconds() - asked < self._trust_seconds:
+                return code, found
+
     def _process_stops(self, stamp: Stamp, told: bool) -> None:
         """The task did not end, it was stopped: its request reports what becomes of it. Without
         processes it learns of a timeout only (told), and there is nobody else to do so.
@@ -278,26 +360,22 @@ class Gate:
             self._release(stamp.slot, "lost")
 
     def _settle(
-        self, run: Run, queue: str, tag: str, outcome: str, failure: tuple[bytes, ...]
+        self,
+        run: Run,
+        queue: str,
+        tag: str,
+        outcome: str,
+        failure: tuple[bytes, ...],
+        call: BatchCall | None,
     ) -> None:
         stamp = run.stamp
-        retries = [
-            part
-            for message, eta in run.retry_messages
-            for part in (message, "" if eta is None else eta)
-        ]
-        answer = self._patiently(
-            lambda: self._scripts.settle(
-                stamp.incarnation,
-                stamp.slot,
-                stamp.entry,
-                stamp.epoch,
-                run.token,
-                outcome,
-                *failure,
-                *retries,
-            )
-        )
+        mine = (stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, run.token)
+        if call:
+            ends = call.ends(run, outcome, failure)
+            answer = self._patiently(lambda: self._scripts.settle_batch(*mine, ends))
+        else:
+            words = (*failure, *run.retry_words())
+            answer = self._patiently(lambda: self._scripts.settle(*mine, outcome, *words))
         if answer == "stale":
             logger.warning(
                 "Task %s ended after its lease on tag %r was taken away; it runs again elsewhere.",
@@ -349,6 +427,23 @@ class Gate:
             return False
         self._reachability.answered()
         return True
+
+
+def _traced(tracer: Tracer, *arguments: Any) -> Any:
+    return tracer(*arguments)
+
+
+def outcome_of(answer: Any) -> tuple[str, tuple[bytes, ...]]:
+    """What the ledger is told of a task, by its tracer's answer: outcome, reason and traceback."""
+    if _asks_for_requeue(getattr(answer, "retval", None)):
+        return "again", ()
+    failure = _failure_of(answer)
+    return ("failed", failure) if failure else ("done", ())
+
+
+def outcome_of_error(error: Exception) -> str:
+    """The same where the tracer has raised."""
+    return "again" if _asks_for_requeue(error) else "done"
 
 
 def _is_of_greenlets(error: BaseException) -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 from celery import states
 from celery.app.trace import trace_ok_t
 
+from celery_affinity.batches import BatchTask
 from celery_affinity.context import current
 from celery_affinity.exceptions import ConfigurationError
 from celery_affinity.gate import Gate, Run, current_run
@@ -54,7 +55,8 @@ def wrap_tracers(tasks: Iterable[Any], gate: Gate) -> None:
                 "is not known to celery_affinity; install celery>=5.4,<6"
             )
         if not getattr(tracer, "celery_affinity_gate", None):
-            gated = gate.around(tracer)
+            batch = BatchTask(task) if getattr(task, "affinity_batch", False) else None
+            gated = gate.around(tracer, batch)
             gated.celery_affinity_gate = gate  # type: ignore[attr-defined]
             task.__trace__ = gated
 

@@ -361,6 +361,36 @@ class Scripts:
         """End a started task; see settle.lua."""
         return _text(self._call("settle", incarnation, slot, entry, epoch, token, outcome, *rest))
 
+    def take(
+        self,
+        incarnation: str,
+        slot: int,
+        entry: str,
+        epoch: str,
+        token: str,
+        least_ms: int,
+        task: str,
+        most_bytes: int,
+    ) -> tuple[int, list[tuple[str, bytes]]]:
+        """What joins a started batch task, as (entry, message); see take.lua."""
+        code, *found = self._call(
+            "take", incarnation, slot, entry, epoch, token, least_ms, task, most_bytes
+        )
+        return int(code), [(_text(e), raw) for e, raw in zip(found[::2], found[1::2], strict=True)]
+
+    def settle_batch(
+        self,
+        incarnation: str,
+        slot: int,
+        entry: str,
+        epoch: str,
+        token: str,
+        ends: Sequence[tuple[str, str, Sequence[object]]],
+    ) -> str:
+        """End all entries of a call: (entry, outcome, more words) of each; see settle_batch.lua."""
+        words = [word for one, outcome, rest in ends for word in (one, outcome, len(rest), *rest)]
+        return _text(self._call("settle_batch", incarnation, slot, entry, epoch, token, *words))
+
     def discard(
         self,
         incarnation: str,

@@ -77,8 +77,7 @@ for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
   l.miss = missing and (missed > 0 and missed or NOW) or 0
   if l.miss ~= missed then changed = true end
   if missing and missed > 0 and NOW - missed >= w.timeout / 10 then
-    back = back + #l.out
-    take_back(l, true)
+    back = back + take_back(l, true)
     release(l, true)
     take(inc, i, w)
     match(l.q, 10)

@@ -6,7 +6,8 @@
 --   q:<queue>:c        hash    counters: seq, epoch, term, ring, admitted, settled, ...
 --   q:<queue>:conf     hash    max_batch_size, tag_concurrency, ... (written by the leader); evac: it
 --                              is stopped, revoked: some tasks are, lacking: some workers lack tasks,
---                              halts: some tags are halted
+--                              halts: some tags are halted, batches: names of batch tasks, each
+--                              between two line feeds
 --   q:<queue>:stage    list    messages of an evacuation under way
 --   q:<queue>:limits   hash    tag -> its own concurrency
 --   q:<queue>:m        hash    entry -> the message as the producer sent it
@@ -74,12 +75,13 @@ local function conf(q)
   if not c then
     local v = redis.call('HMGET', queue_key(q, 'conf'), 'max_batch_size', 'tag_concurrency',
       'mapped', 'max_deliveries', 'warm_tags', 'evac', 'revoked', 'lacking', 'batch_ms', 'bury_lost',
-      'warm_wait', 'ordered', 'failure', 'halts')
+      'warm_wait', 'ordered', 'failure', 'halts', 'batches')
     c = {batch = tonumber(v[1] or 10), concurrency = tonumber(v[2] or 1), mapped = v[3] == '1',
       deliveries = tonumber(v[4] or 3), warm = tonumber(v[5] or 1000), stopped = v[6] and true,
       revoked = v[7] and true, lacking = v[8] and true, batch_ms = tonumber(v[9] or 0),
       bury_lost = v[10] == '1', warm_wait = tonumber(v[11] or 0), ordered = tonumber(v[12] or 0),
-      failure = tonumber(v[13] or 0), halts = v[14] and true}
+      failure = tonumber(v[13] or 0), halts = v[14] and true,
+      batches = v[15]}
     CONF[q] = c
   end
   return c

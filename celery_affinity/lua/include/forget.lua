@@ -11,8 +11,7 @@ local function forget_worker(inc, budget)
       return back, true
     end
     local l = load_lease(inc, i)
-    back = back + #l.out
-    take_back(l, true)
+    back = back + take_back(l, true)
     release(l, true)
     touched[l.q] = true
     done = done + 1

@@ -20,7 +20,8 @@ local function keep_place(l, entry, raw, eta)
   redis.call('HSET', retrying, entry, text(first))
   put_back(l.q, l.tag, entry)
   if due > NOW and not is_halted(l.q, l.tag) then
-    redis.call('ZADD', queue_key(l.q, 'hold'), text(due), l.tag)
+    -- Of several retries (of one call, of several leases) none starts before it is due.
+    redis.call('ZADD', queue_key(l.q, 'hold'), 'GT', text(due), l.tag)
   end
   return true
 end

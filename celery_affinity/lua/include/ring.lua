@@ -51,17 +51,21 @@ local function enlist(q, tag, to_front)
   if conf(q).warm_wait > 0 then redis.call('HSETNX', queue_key(q, 'since'), tag, text(NOW)) end
 end
 
--- Put an entry back where its number belongs. A backlog grows by number, and at most
--- tag_concurrency entries can be out, so the place is among the first few.
+-- Put an entry back where its number belongs. A backlog grows by number, and before that place
+-- stands only what other leases of the tag gave back: few, or their batches.
 local function put_back(q, tag, entry)
   local list = backlog_key(q, tag)
-  local number = tonumber(entry)
-  for _, other in ipairs(redis.call('LRANGE', list, 0, 2 * concurrency(q, tag))) do
-    if tonumber(other) > number then
-      redis.call('LINSERT', list, 'BEFORE', other, entry)
-      return
+  local number, from, to = tonumber(entry), 0, 2 * concurrency(q, tag)
+  repeat
+    local others = redis.call('LRANGE', list, from, to)
+    for _, other in ipairs(others) do
+      if tonumber(other) > number then
+        redis.call('LINSERT', list, 'BEFORE', other, entry)
+        return
+      end
     end
-  end
+    from, to = to + 1, to + 100
+  until #others == 0
   redis.call('RPUSH', list, entry)
 end
 
