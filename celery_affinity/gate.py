@@ -114,7 +114,7 @@ def running(run: Run) -> Iterator[None]:
 
 
 class BatchCall(Protocol):
-    """The call of a batch task's function for several entries; see batches.py."""
+    """The call of a batch task's function for several entries; see batch_calls.py."""
 
     def trace(self, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Any) -> Any:
         """Have all entries traced; what the tracer says of the first."""

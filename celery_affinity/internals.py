@@ -23,7 +23,7 @@ from typing import Any
 from celery import states
 from celery.app.trace import trace_ok_t
 
-from celery_affinity.batches import BatchTask
+from celery_affinity.batch_calls import BatchTask
 from celery_affinity.context import current
 from celery_affinity.exceptions import ConfigurationError
 from celery_affinity.gate import Gate, Run, current_run

@@ -408,11 +408,9 @@ class Scripts:
         """What becomes of a task whose process is gone: settled, requeued or buried."""
         return _text(self._call("lost", incarnation, slot, entry, epoch, state))
 
-    def finish(
-        self, incarnation: str, slot: int, entry: str, epoch: str, outcome: str = ""
-    ) -> bool:
-        """Note that the parent ended a running task, whose process still has to stop."""
-        return bool(self._call("finish", incarnation, slot, entry, epoch, outcome))
+    def finish(self, incarnation: str, slot: int, entry: str, epoch: str, outcome: str = "") -> int:
+        """Note that the parent ended a running task, whose process still has to stop; its code."""
+        return int(self._call("finish", incarnation, slot, entry, epoch, outcome))
 
     def process_up(self, incarnation: str, slot: int) -> bool:
         """A slot has a new process."""

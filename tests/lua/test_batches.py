@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from celery_affinity.message import envelope
+
 from .conftest import Bench, Copy
 
 MOST_BYTES = 1_000_000
