@@ -38,9 +38,11 @@ def main() -> None:
 
 
 def _told(run: Drain) -> str:
+    cpu = (run.redis_cpu_us, run.parent_cpu_us, run.child_cpu_us)
+    redis, parents, processes = (f"{us:.0f}" for us in cpu)
     return (
-        f"{run.rate:6.0f}/s ({run.redis_commands:.1f} commands, CPU us: Redis "
-        f"{run.redis_cpu_us:.0f}, parents {run.parent_cpu_us:.0f}, processes {run.child_cpu_us:.0f})"
+        f"{run.rate:6.0f}/s ({run.redis_commands:.1f} commands, CPU us: Redis {redis}, "
+        f"parents {parents}, processes {processes})"
     )
 
 
