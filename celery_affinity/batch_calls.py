@@ -72,7 +72,8 @@ def _with_mates(answer: Any, mates: Mates) -> Any:
         told = _Told(answer.retstr)
         told.affinity_mates = mates
         return answer._replace(retstr=told)
-    answer.retval.affinity_mates = mates
+    if answer.retval is not None:
+        answer.retval.affinity_mates = mates
     return answer
 
 
