@@ -226,8 +226,6 @@ def test_a_job_that_was_in_the_pipe_when_the_connection_was_lost_runs_once(
     History.load(history_path).assert_lawful()
 
 
-# Known fault, open (CHANGELOG): under load about one cold stop in twenty loses a running task.
-@pytest.mark.xfail(strict=False, reason="a cold stop under load may lose a running task")
 def test_a_cold_stop_loses_nothing(
     cluster: Cluster, history_path: Path, producer: Producer
 ) -> None:
