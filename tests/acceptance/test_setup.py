@@ -45,7 +45,7 @@ def test_the_command_line_goes_before_the_environment_on_every_pool(
     """A worker that was told to be only that never schedules; one that schedules runs nothing."""
     both = {**QUICK, "AFFINITY_ROLE": "both"}
     worker = cluster.worker(
-        APP, "worker", queues="jobs", concurrency=2, pool=pool, environ=both,
+        APP, "worker", queues="jobs", concurrency=2, pool=pool, environ=both, real=pool == "prefork",
         extra=(*LEAN, "--affinity-role", "worker"),
     )
     worker.wait_for_log(NOBODY, 60)
@@ -54,7 +54,7 @@ def test_the_command_line_goes_before_the_environment_on_every_pool(
 
     scheduler = cluster.worker(
         APP, "scheduler", queues="ordinary", concurrency=1, pool=pool, environ=both,
-        extra=(*LEAN, "--affinity-role=scheduler"),
+        extra=(*LEAN, "--affinity-role=scheduler"), real=pool == "prefork",
     )
     producer.send_each(TAGS, 5)
     wait_for_ends(history_path, 40)
@@ -104,8 +104,8 @@ def test_the_banner_of_worker_and_beat_shows_the_origin_of_each_setting(
     )
     environ = {"AFFINITY_NAMESPACE": "elsewhere"}
     role = ("--affinity-role", "both")
-    worker = cluster.worker("origins", pool="solo", environ=environ, extra=(*LEAN, *role))
-    beat = cluster.beat("origins", environ=environ, extra=role)
+    worker = cluster.worker("origins", pool="solo", environ=environ, extra=(*LEAN, *role), real=True)
+    beat = cluster.beat("origins", environ=environ, extra=role, real=True)
     configured = cluster.worker("origins", "w2", pool="solo", extra=LEAN)
     cluster.wait_ready()
     for node in (worker, beat):

@@ -12,9 +12,8 @@ from redis.exceptions import RedisError
 
 from acceptance.support import LEAN, WORKER_ONLY, Producer
 from celery_affinity.embedded import Server
-from chaos.nursery import ForkedCluster
 from chaos.proxy import Proxy
-from harness import BROKER_VARIABLE, Node, wait_until
+from harness import BROKER_VARIABLE, Cluster, Node, wait_until
 
 APP = "chaos.apps.affinity"
 HEARTBEAT_INTERVAL_SECONDS, HEARTBEAT_TIMEOUT_SECONDS, LEADER_TTL_SECONDS = 0.75, 3.0, 2.0
@@ -34,7 +33,7 @@ class System:
 
     def __init__(self, server: Server, directory: Path, history_path: Path) -> None:
         self.server = server
-        self.cluster = ForkedCluster(server.url(), directory, history_path)
+        self.cluster = Cluster(server.url(), directory, history_path)
         self.proxies = [Proxy(server.port) for _ in range(WORKERS)]
         self.workers = [
             self.cluster.worker(
