@@ -40,6 +40,20 @@ def test_a_rescue_in_steps_gives_back_all_of_it(bench: Bench) -> None:
     assert sorted(node.drain_all()) == sorted(f"{t}-{n}" for t in "abcde" for n in (1, 2))
 
 
+def test_a_rescue_that_its_leader_left_half_way_goes_on_at_once_under_the_next(bench: Bench) -> None:
+    bench.lead()
+    bench.node("lost", slots=2, timeout_ms=5000)
+    for tag in "ab":
+        bench.send(tag, 1)
+    bench.admit()
+    bench.overdue("lost")
+    assert bench.scripts.rescue("q", bench.fence, 1)[4] == 1
+    # The next one knows nothing of the time before: the heartbeats of all others count as new.
+    assert bench.scripts.rebase("q", bench.fence)
+    assert bench.scripts.rescue("q", bench.fence, 50)[:3:2] == [1, b"lost"]
+    assert sorted(bench.node("n", slots=2).drain_all()) == ["a-1", "b-1"]
+
+
 def test_the_dead_workers_warm_slot_is_not_offered_to_anybody(bench: Bench) -> None:
     bench.lead()
     lost = bench.node("lost")

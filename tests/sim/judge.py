@@ -42,6 +42,8 @@ class Judge:
     beats: dict[str, int] = field(default_factory=dict)
     #: Incarnations that are being given up or drained in steps.
     leaving: set[str] = field(default_factory=set)
+    #: Incarnations whose rescue or leave has begun: no heartbeat of theirs counts any more.
+    given_up: set[str] = field(default_factory=set)
     ended: dict[int, str] = field(default_factory=dict)
     leader: tuple[str, int] = ("", 0)
     term: int = 0
@@ -168,7 +170,7 @@ class Judge:
         self.stopped = self.stopped and answer == 0
 
     def _register(self, now: int, redis_us: int, args: Any, answer: Any, late: bool) -> None:
-        if str(args[0]) in self.beats or str(args[0]) not in self.leaving:
+        if str(args[0]) not in self.given_up:
             self.beats[str(args[0])] = now
 
     def _heartbeat(self, now: int, redis_us: int, args: Any, answer: Any, late: bool) -> None:
@@ -214,6 +216,7 @@ class Judge:
 
     def _gone(self, inc: str, more: int) -> None:
         self._step(inc, more)
+        (self.given_up.add if more else self.given_up.discard)(inc)
         self.beats.pop(inc, None)
 
     def _lost(self, now: int, redis_us: int, args: Any, answer: Any, late: bool) -> None:
