@@ -7,7 +7,7 @@ import pytest
 from celery_affinity.intake import Intake, no_tag
 from harness import wait_until
 
-from .conftest import Bench
+from .conftest import Bench, Node
 
 # max_batch_seconds
 
@@ -95,7 +95,7 @@ def test_a_tag_waits_for_its_ordered_retry_and_its_slot_does_not(bench: Bench) -
     bench.admit_all()
     first = node.take()
     first.start()
-    due = bench.now_ms() + 80
+    due = bench.now_ms() + 200
     assert first.settle("done", bench.retry_of(first), due) == "retry"
     assert node.drain_all() == ["b-1"]
     bench.send("a", 3)
@@ -103,7 +103,7 @@ def test_a_tag_waits_for_its_ordered_retry_and_its_slot_does_not(bench: Bench) -
     left = bench.promote()[1]
     assert node.receive() is None or bench.now_ms() >= due
     assert not bench.client.exists(bench.queue_key("ring")), "nor does it stand in the ring"
-    assert 0 < left <= 80
+    assert 0 < left <= 200 or bench.now_ms() >= due
 
     def promoted() -> bool:
         bench.promote()
@@ -168,12 +168,18 @@ def test_evacuation_ends_the_wait_for_an_ordered_retry(bench: Bench) -> None:
 # warm_wait
 
 
-def test_a_tag_waits_for_the_slot_that_had_it_while_another_one_is_free(bench: Bench) -> None:
-    bench.lead(warm_wait=60_000)
+def warmed(bench: Bench, **limits: int) -> Node:
+    """A node that has run the tag "a", and waits for more of it."""
+    bench.lead(**limits)  # type: ignore[arg-type]
     warm = bench.node("warm")
     bench.send("a", 1)
     bench.admit_all()
     assert warm.drain_all() == ["a-1"]
+    return warm
+
+
+def test_a_tag_waits_for_the_slot_that_had_it_while_another_one_is_free(bench: Bench) -> None:
+    warm = warmed(bench, warm_wait=60_000)
     bench.send("b", 1)
     bench.admit_all()
     busy = warm.take()
@@ -190,11 +196,7 @@ def test_a_tag_waits_for_the_slot_that_had_it_while_another_one_is_free(bench: B
 
 
 def test_a_tag_does_not_wait_longer_than_it_may(bench: Bench) -> None:
-    bench.lead(warm_wait=50)
-    warm = bench.node("warm")
-    bench.send("a", 1)
-    bench.admit_all()
-    assert warm.drain_all() == ["a-1"]
+    warm = warmed(bench, warm_wait=50)
     bench.send("b", 1)
     bench.admit_all()
     warm.take().start()
@@ -213,11 +215,7 @@ def test_a_tag_does_not_wait_longer_than_it_may(bench: Bench) -> None:
 
 
 def test_a_tag_does_not_wait_for_a_slot_that_is_gone(bench: Bench) -> None:
-    bench.lead(warm_wait=60_000)
-    warm = bench.node("warm")
-    bench.send("a", 1)
-    bench.admit_all()
-    assert warm.drain_all() == ["a-1"]
+    warmed(bench, warm_wait=60_000)
     bench.scripts.leave("warm")
     other = bench.node("other")
     bench.send("a", 2)
@@ -226,11 +224,7 @@ def test_a_tag_does_not_wait_for_a_slot_that_is_gone(bench: Bench) -> None:
 
 
 def test_without_warm_wait_a_tag_waits_for_nobody(bench: Bench) -> None:
-    bench.lead()
-    warm = bench.node("warm")
-    bench.send("a", 1)
-    bench.admit_all()
-    warm.drain_all()
+    warm = warmed(bench)
     bench.send("b", 1)
     bench.admit_all()
     warm.take().start()
