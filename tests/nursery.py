@@ -175,12 +175,13 @@ class ForkedProcess:
 
 # In the nursery itself
 
-#: What a worker or a beat imports before it looks at its app.
+#: What a worker or a beat imports before it looks at its app; not what reads the environment as it
+#: is imported, as celery.worker.autoscale does (AUTOSCALE_KEEPALIVE).
 _IMPORTS = (
     "celery.app.amqp", "celery.app.control", "celery.app.log", "celery.apps.beat",
     "celery.apps.worker", "celery.backends.redis", "celery.bin.celery",
     "celery.concurrency.prefork", "celery.concurrency.solo", "celery.concurrency.thread",
-    "celery.worker.autoscale", "celery.worker.consumer", "celery.worker.loops",
+    "celery.worker.consumer", "celery.worker.loops",
     "celery.worker.strategy", "kombu.asynchronous.hub", "kombu.transport.redis",
     "celery_affinity", "celery_affinity.beat",
 )
