@@ -61,15 +61,24 @@ class Nursery:
         atexit.register(self._close)
 
     def fork(
-        self, arguments: Sequence[str], log: Path, directory: Path, environ: Mapping[str, str]
+        self, arguments: Sequence[str], log: Path, directory: Path, environ: Mapping[str, str],
+        errors: Path | None = None,
     ) -> ForkedProcess:
-        """Start `celery` with these arguments; its output goes to the end of the log.
+        """Start `celery` with these arguments.
+
+        Arguments:
+            arguments: The command line after `celery`.
+            log: To its end goes the output.
+            directory: Where it runs.
+            environ: The whole environment.
+            errors: To its end goes standard error; None: to the log's.
 
         Raises:
             AssertionError: If the nursery does not answer.
         """
         order = {
-            "argv": list(arguments), "log": str(log), "cwd": str(directory), "env": dict(environ),
+            "argv": list(arguments), "cwd": str(directory), "env": dict(environ),
+            "stdout": str(log), "stderr": str(errors or log),
         }
         assert self._process.stdin is not None
         with self._lock:
@@ -166,12 +175,13 @@ class ForkedProcess:
 
 # In the nursery itself
 
-#: What a worker or a beat imports before it looks at its app.
+#: What a worker or a beat imports before it looks at its app; not what reads the environment as it
+#: is imported, as celery.worker.autoscale does (AUTOSCALE_KEEPALIVE).
 _IMPORTS = (
     "celery.app.amqp", "celery.app.control", "celery.app.log", "celery.apps.beat",
     "celery.apps.worker", "celery.backends.redis", "celery.bin.celery",
     "celery.concurrency.prefork", "celery.concurrency.solo", "celery.concurrency.thread",
-    "celery.worker.autoscale", "celery.worker.consumer", "celery.worker.loops",
+    "celery.worker.consumer", "celery.worker.loops",
     "celery.worker.strategy", "kombu.asynchronous.hub", "kombu.transport.redis",
     "celery_affinity", "celery_affinity.beat",
 )
@@ -224,12 +234,12 @@ class _Parent:
         os.setsid()
         if self._die is not None:
             self._die()
-        log = os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        null = os.open(os.devnull, os.O_RDONLY)
-        for source, target in ((null, 0), (log, 1), (log, 2)):
+        append = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        files = ((os.devnull, os.O_RDONLY), (order["stdout"], append), (order["stderr"], append))
+        for target, (path, flags) in enumerate(files):
+            source = os.open(path, flags, 0o666)
             os.dup2(source, target)
-        os.close(null)
-        os.close(log)
+            os.close(source)
         os.environ.clear()
         os.environ.update(order["env"])
         time.tzset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ import pytest
 from celery_affinity.connection import check_server
 from celery_affinity.embedded import Server
 from celery_affinity.exceptions import ConfigurationError
+from nursery import nursery
 
 APP = """
 from celery import Celery
@@ -23,17 +25,23 @@ app = Celery("refused", broker={broker!r})
 
 
 def start(
-    tmp_path: Path, broker: str, body: str, *command: str
+    tmp_path: Path, broker: str, body: str, *command: str, real: bool = False
 ) -> subprocess.CompletedProcess[str]:
+    """Run `celery`, in a fork of the nursery or in an interpreter of its own."""
     (tmp_path / "refused.py").write_text(APP.format(broker=broker, body=textwrap.dedent(body)))
-    return subprocess.run(
-        [sys.executable, "-m", "celery", "-A", "refused", *command],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    arguments = ["-A", "refused", *command]
+    if real:
+        return subprocess.run(
+            [sys.executable, "-m", "celery", *arguments], cwd=tmp_path, capture_output=True, text=True,
+            timeout=30, check=False,
+        )
+    out, errors = tmp_path / "stdout", tmp_path / "stderr"
+    process = nursery().fork(arguments, out, tmp_path, os.environ, errors)
+    try:
+        status = process.wait(30)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(arguments, status, out.read_text(), errors.read_text())
 
 
 WORKER = ("worker", "-Q", "jobs", "-c", "1", "-P", "solo")
@@ -116,7 +124,7 @@ WORKER = ("worker", "-Q", "jobs", "-c", "1", "-P", "solo")
 def test_a_worker_with_settings_that_cannot_work_does_not_start(
     shared_server: Server, tmp_path: Path, body: str, says: str
 ) -> None:
-    done = start(tmp_path, shared_server.url(), body, *WORKER)
+    done = start(tmp_path, shared_server.url(), body, *WORKER, real="jbos" in body)
     assert done.returncode != 0
     assert "\nError: " in done.stderr and "Traceback" not in done.stderr
     assert says in done.stderr
@@ -132,7 +140,7 @@ def test_a_beat_with_settings_that_cannot_work_does_not_start(
 
 
 def test_a_beat_without_affinity_says_what_to_add(shared_server: Server, tmp_path: Path) -> None:
-    done = start(tmp_path, shared_server.url(), "", "beat", "-S", "affinity")
+    done = start(tmp_path, shared_server.url(), "", "beat", "-S", "affinity", real=True)
     assert done.returncode != 0
     assert "add affinity = Affinity(app" in done.stdout + done.stderr
 

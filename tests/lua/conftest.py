@@ -64,6 +64,22 @@ class Bench:
         )
         return node
 
+    def opening(
+        self, *ids: object, slots: int = 1, depth: int = 1, timeout_ms: int = 60_000, **limits: int
+    ) -> Node:
+        """A leader, a node "n" and tasks of the tag "a", the first of which is on its way to it.
+
+        Arguments:
+            ids: What tells the tasks apart, in their order.
+            slots: As depth and timeout_ms: the node's.
+            limits: See `lead`.
+        """
+        self.lead(**limits)  # type: ignore[arg-type]
+        node = self.node("n", slots, depth, timeout_ms)
+        self.send("a", *ids)
+        self.admit_all()
+        return node
+
     def send(self, tag: object, *ids: object, eta: str | None = None) -> None:
         for one in ids:
             headers = {"id": f"{tag}-{one}", "task": "t", "identify_tag": tag, "eta": eta}

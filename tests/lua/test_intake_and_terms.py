@@ -239,10 +239,7 @@ def test_every_script_states_its_contract() -> None:
 
 
 def test_a_dispatched_copy_that_comes_back_to_the_pending_queue_is_dropped(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1)
-    bench.admit()
+    node = bench.opening(1)
     bench.push(bench.client.lindex(node.list, 0))
     bench.send("a", 2)
     bench.admit_all()

@@ -71,10 +71,7 @@ def test_the_dead_workers_warm_slot_is_not_offered_to_anybody(bench: Bench) -> N
 def test_a_message_that_never_arrived_is_sent_again_and_its_older_copy_refused(
     bench: Bench,
 ) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1)
-    bench.admit()
+    node = bench.opening(1)
     first = node.take()
     assert node.beat(1, grace_ms=60_000) == (True, 0, 0), "not before the grace is over"
     assert node.beat(2, [first]) == (True, 0, 0), "not while the node holds it"
@@ -216,10 +213,7 @@ def test_an_ordinary_task_sends_its_slots_unstarted_lease_to_a_free_one(bench: B
 
 
 def test_without_a_free_slot_an_unstarted_lease_waits_for_the_ordinary_task(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1)
-    bench.admit()
+    node = bench.opening(1)
     copy = node.take()
     bench.scripts.occupy("n", 0, "t")
     assert copy.start() == 1
@@ -241,10 +235,7 @@ def test_a_new_process_frees_its_slot_of_an_ordinary_task(bench: Bench) -> None:
 
 
 def test_an_ordinary_task_in_a_full_pool_gets_the_next_slot_that_is_free(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n", slots=1)
-    bench.send("a", 1)
-    bench.admit()
+    node = bench.opening(1, slots=1)
     copy = node.take()
     copy.start()
     bench.scripts.occupy("n", None, "t")
