@@ -230,7 +230,7 @@ class DispatchedRequest:
         Celery's own raises an error there: on solo inside the task, which then has failed, and on
         threads in the middle of the pool's stop.
         """
-        if type(pool).terminate_job is not BasePool.terminate_job:
+        if getattr(pool.terminate_job, "__func__", None) is not BasePool.terminate_job:
             super().cancel(pool, signal, emit_retry)  # type: ignore[misc]
 
     def _announce_cancelled(self, emit_retry: bool = True) -> None:
