@@ -14,12 +14,15 @@ from acceptance.support import (
     HEARTBEAT_TIMEOUT_SECONDS,
     LEAN,
     QUICK,
+    WORKER_ONLY,
     Producer,
     finished,
+    held_tags,
     runs,
     wait_for_nodes,
     wait_for_run,
 )
+from celery_affinity.types import WorkerRecord
 from harness import Cluster, Node, is_gone, wait_until
 
 pytestmark = pytest.mark.acceptance
@@ -34,8 +37,13 @@ def producer(cluster: Cluster) -> Producer:
 
 def worker(cluster: Cluster, name: str, pool: str, concurrency: int = 1) -> Node:
     return cluster.worker(
-        APP, name, queues="jobs", pool=pool, concurrency=concurrency, environ=QUICK, extra=LEAN
+        APP, name, queues="jobs", pool=pool, concurrency=concurrency,
+        environ={**QUICK, **WORKER_ONLY}, extra=LEAN,
     )
+
+
+def record_of(producer: Producer, node: Node) -> WorkerRecord:
+    return next(found for found in producer.affinity.workers() if found.name == node.name)
 
 
 @pytest.mark.proves("kill -9 of a worker's parent while a task of 60 s runs", "its process is gone before the tag runs elsewhere")
@@ -43,6 +51,7 @@ def worker(cluster: Cluster, name: str, pool: str, concurrency: int = 1) -> Node
 def test_no_process_of_a_killed_parent_runs_once_its_lease_has_passed_on(
     cluster: Cluster, history_path: Path, producer: Producer, pool: str, child_is_stopped: bool
 ) -> None:
+    cluster.beat(APP, environ=QUICK)
     victim = worker(cluster, "w1", pool)
     wait_for_nodes(producer.affinity, 1)
     producer.send("tag", task="long_at_first", ms=60_000)
@@ -69,15 +78,18 @@ def test_no_process_of_a_killed_parent_runs_once_its_lease_has_passed_on(
 def test_a_frozen_worker_starts_nothing_before_it_has_registered_anew(
     cluster: Cluster, history_path: Path, producer: Producer, pool: str
 ) -> None:
+    cluster.beat(APP, environ=QUICK)
     frozen, other = (worker(cluster, name, pool, concurrency=2) for name in ("w1", "w2"))
     wait_for_nodes(producer.affinity, 2)
     cluster.wait_ready()
     tags = [f"tag-{number}" for number in range(6)]
-    producer.send_each(tags, 2, ms=300)
-    wait_for_run(history_path, lambda run: run.worker == frozen.name)
+    if pool == "prefork":  # elsewhere a task that ran would be frozen with its worker
+        producer.send_each(tags, 2, ms=300)
+        wait_for_run(history_path, lambda run: run.worker == frozen.name)
 
     frozen.stop_process()  # the parent only: on prefork its processes go on
     producer.send_each(tags, 2, ms=50)
+    wait_until(lambda: held_tags(record_of(producer, frozen)), what="messages for it")
     wait_until(lambda: len(producer.affinity.workers()) == 1, 10, "the rescue")
     finished(history_path)  # elsewhere
     woken, woken_epoch = time.monotonic(), time.time() * 1e6  # epochs are times
