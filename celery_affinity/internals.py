@@ -5,8 +5,8 @@ Each touch, the probe that meets a Celery that differs, and what happens then:
 - `task.__trace__` is replaced by the gated tracer: `wrap_tracers`; the worker does not start.
 - `amqp.send_task_message` is wrapped to catch own retries: `settle_own_retries`; a warning, and
   retries are published to the pending queue, and a wait for a task of the own tag is not refused.
-- `worker.wait_for_soft_shutdown` is wrapped to drain at once: `call_before_cold_stop`; without it (5.4)
-  the worker drains at its signal `worker_shutting_down`.
+- `worker.wait_for_soft_shutdown` is wrapped to drain at once: `call_before_cold_stop`; without it
+  (5.4) the worker drains at its signal `worker_shutting_down`.
 - `amqp.queues._consume_from` says what a worker consumes: `selected_queues`; no start.
 
 (Celery's classes are built on, not touched: the prefork pool in slot_pool.py and resizing.py,
@@ -215,7 +215,7 @@ def call_before_cold_stop(worker: Any, call: Callable[[], None]) -> None:
     """Have something done as soon as a cold stop begins, in its signal handler.
 
     Celery sends `worker_shutting_down` only at the end of that handler, when it has waited for
-    `worker_soft_shutdown_timeout` and for the pool. (Celery 5.4 does neither, and has no such method.)
+    `worker_soft_shutdown_timeout` and for the pool. (Celery 5.4 does neither, nor has the method.)
     """
     wait = getattr(worker, "wait_for_soft_shutdown", None)
     if wait is None:

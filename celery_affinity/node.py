@@ -163,8 +163,9 @@ class Node:
 
         Celery goes on with its stop where that of its pool has failed, and the threads run on.
         """
-        while self._gate is not None and self._gate[0] == os.getpid() and not self._gate[1].is_empty:
-            time.sleep(0.05)
+        if self._gate is not None and self._gate[0] == os.getpid():
+            while not self._gate[1].is_empty:
+                time.sleep(0.05)
 
     def _watch(self, gate: Gate) -> None:
         dog = Watchdog(self._lifeline, gate.began, self._settings.heartbeat_timeout)
