@@ -378,6 +378,7 @@ class Affinity(DeadLetterCalls):
         """The worker's pool has stopped."""
         self.stop_scheduling()
         if self.node is not None:
+            self.node.wait_for_own_tasks()
             self.node.close_gates()
             self.node.reporter.leave()
             self.node = None

@@ -116,6 +116,7 @@ class Gate:
     ) -> None:
         self._succeeded = succeeded
         self._began: dict[str, float] = {}
+        self._inside: set[object] = set()
         self._trust_seconds = trust_seconds
         self._scripts = connect()
         self._refusal = refusal
@@ -134,6 +135,11 @@ class Gate:
     def began(self) -> list[float]:
         """When the dispatched tasks that run here began (`watchdog.seconds`)."""
         return list(self._began.values())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no dispatched message is between its question to start and its settle here."""
+        return not self._inside
 
     def process_up(self) -> None:
         """Tell the ledger that this slot has a new process."""
@@ -165,7 +171,12 @@ class Gate:
             stamp = Stamp.parse(request.pop(STAMP_HEADER, None)) if request else None
             if stamp is None:
                 return self._ordinary_task(tracer, uuid, args, kwargs, request)
-            return self._dispatched_task(stamp, tracer, uuid, args, kwargs, request)
+            inside = object()
+            self._inside.add(inside)
+            try:
+                return self._dispatched_task(stamp, tracer, uuid, args, kwargs, request)
+            finally:
+                self._inside.discard(inside)
 
         return gated
 

@@ -5,6 +5,8 @@ Each touch, the probe that meets a Celery that differs, and what happens then:
 - `task.__trace__` is replaced by the gated tracer: `wrap_tracers`; the worker does not start.
 - `amqp.send_task_message` is wrapped to catch own retries: `settle_own_retries`; a warning, and
   retries are published to the pending queue, and a wait for a task of the own tag is not refused.
+- `worker.wait_for_soft_shutdown` is wrapped to drain at once: `call_before_cold_stop`; without it
+  (5.4) the worker drains at its signal `worker_shutting_down`.
 - `amqp.queues._consume_from` says what a worker consumes: `selected_queues`; no start.
 
 (Celery's classes are built on, not touched: the prefork pool in slot_pool.py and resizing.py,
@@ -29,6 +31,7 @@ from celery_affinity.gate import Gate, Run, current_run
 from celery_affinity.message import TAG_HEADER, due_ms, envelope
 
 __all__ = (
+    "call_before_cold_stop",
     "consume_worker_queues",
     "native_thread",
     "refusal",
@@ -203,6 +206,26 @@ def consume_worker_queues(app: Any, instead_of: Iterable[str], queues: Iterable[
             known.deselect(name)
     for queue in queues:
         known.select_add(queue)
+
+
+# Stops
+
+
+def call_before_cold_stop(worker: Any, call: Callable[[], None]) -> None:
+    """Have something done as soon as a cold stop begins, in its signal handler.
+
+    Celery sends `worker_shutting_down` only at the end of that handler, when it has waited for
+    `worker_soft_shutdown_timeout` and for the pool. (Celery 5.4 does neither, nor has the method.)
+    """
+    wait = getattr(worker, "wait_for_soft_shutdown", None)
+    if wait is None:
+        return
+
+    def wait_for_soft_shutdown() -> None:
+        call()
+        wait()
+
+    worker.wait_for_soft_shutdown = wait_for_soft_shutdown
 
 
 # Threads

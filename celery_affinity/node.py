@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -86,6 +87,7 @@ class Node:
             self._lifeline,
             looks,
         )
+        internals.call_before_cold_stop(worker, self.reporter.request_drain)
         self._started = False
         self._slots = 0
         self._gate: tuple[int, Gate] | None = None
@@ -155,6 +157,15 @@ class Node:
         """This process stops running tasks."""
         if self._gate is not None and self._gate[0] == os.getpid():
             self._gate[1].close()
+
+    def wait_for_own_tasks(self) -> None:
+        """Where tasks run in this process: wait until none does.
+
+        Celery goes on with its stop where that of its pool has failed, and the threads run on.
+        """
+        if self._gate is not None and self._gate[0] == os.getpid():
+            while not self._gate[1].is_empty:
+                time.sleep(0.05)
 
     def _watch(self, gate: Gate) -> None:
         dog = Watchdog(self._lifeline, gate.began, self._settings.heartbeat_timeout)

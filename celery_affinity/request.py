@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery import signals
 from celery.app import trace as celery_trace
+from celery.concurrency.base import BasePool
 from celery.exceptions import InvalidTaskError
 from celery.utils.imports import symbol_by_name
 from celery.worker import state as worker_state
@@ -222,6 +223,15 @@ class DispatchedRequest:
             self.affinity_ends.discard(self.affinity_stamp, "settle", reason)
         super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
         self._ended()
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        """A cold stop. What runs in a thread of this process cannot be ended: it finishes.
+
+        Celery's own raises an error there: on solo inside the task, which then has failed, and on
+        threads in the middle of the pool's stop.
+        """
+        if getattr(pool.terminate_job, "__func__", None) is not BasePool.terminate_job:
+            super().cancel(pool, signal, emit_retry)  # type: ignore[misc]
 
     def _announce_cancelled(self, emit_retry: bool = True) -> None:
         # A cold stop: the process is killed and the node's leave gives the task back.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 import acceptance.apps.newer  # noqa: F401  (the test's producer knows its tasks)
 from acceptance.support import LEAN, QUICK, Producer, finished, runs, wait_for_nodes, wait_for_run
 from celery_affinity.embedded import Server
-from harness import RESULTS_VARIABLE, Cluster, wait_until
+from harness import RESULTS_VARIABLE, Cluster, is_gone, wait_until
 
 pytestmark = pytest.mark.acceptance
 
@@ -22,14 +21,6 @@ STOPPING = {**QUICK, "AFFINITY_ON_LEDGER_LOST": "stop"}
 @pytest.fixture
 def producer(cluster: Cluster) -> Producer:
     return Producer(cluster.broker_url)
-
-
-def is_gone(pid: int) -> bool:
-    """Whether the process has ended, be it a zombie still."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
