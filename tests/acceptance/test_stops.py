@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from chaos.nursery import ForkedCluster
 
 import acceptance.apps.stopping  # noqa: F401  (the test's producer knows its tasks)
 from acceptance.support import LEAN, WORKER_ONLY, Producer, runs, wait_for_nodes, wait_for_run
 from celery_affinity.embedded import Server, start_server
-from chaos.nursery import ForkedCluster
 from harness import BROKER_VARIABLE, Cluster, LineCounter, Node, wait_until
 from history import HISTORY_VARIABLE, History
 
