@@ -127,6 +127,7 @@ def test_a_full_redis_is_worked_off_and_everything_goes_on(system: System) -> No
             system.producer.app.tasks["jobs.work"].apply_async(("full", 0, 0))
         finished(system.history)
         wait_until(lambda: system.producer.affinity.stats("jobs").entries == 0, what="all settled")
+        assert [worker.status for worker in system.producer.affinity.workers()] == ["idle"]
         before = commands(client)
         time.sleep(HEARTBEAT_TIMEOUT_SECONDS)  # the length of the trouble: past every lease
         after = commands(client)
@@ -284,7 +285,7 @@ def test_an_emptied_redis_is_told_of_and_what_runs_is_not_doubled(
     assert worker.alive and beat.alive
     assert history.reruns() == 0
     epochs_grow(history)
-    wait_until(lambda: producer.affinity.stats("jobs").idle == 2, what="two free slots")
+    wait_until(lambda: producer.affinity.stats("jobs").idle_slots == 2, what="two free slots")
 
 
 @pytest.mark.proves("an older AOF put back while workers run", "told as CRITICAL; what it holds is done; epochs grow")
@@ -318,4 +319,4 @@ def test_an_older_redis_is_told_of_and_everything_in_it_is_done(
     assert found <= {"order"}, "what had been done since the copy comes again, and no more than that"
     epochs_grow(history)
     assert worker.alive and beat.alive
-    wait_until(lambda: producer.affinity.stats("jobs").idle == 2, what="two free slots")
+    wait_until(lambda: producer.affinity.stats("jobs").idle_slots == 2, what="two free slots")
