@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from acceptance.support import (
     wait_for_run,
 )
 from celery_affinity.embedded import Server, start_server
+from chaos.proxy import Proxy
 from harness import BROKER_VARIABLE, Cluster, Node, wait_until
 from history import HISTORY_VARIABLE, History
 
@@ -119,10 +122,11 @@ def system(shared: System, monkeypatch: pytest.MonkeyPatch) -> System:
 @pytest.mark.proves("maxmemory reached, noeviction", "sending raises, what is there is worked off, nobody spins")
 def test_a_full_redis_is_worked_off_and_everything_goes_on(system: System) -> None:
     client = system.client
-    system.producer.send_each([f"full-{tag}" for tag in TAGS] * 2, 10, ms=5)
     system.long_task("full-long")
+    system.producer.send_each([f"full-{tag}" for tag in TAGS] * 2, 10, ms=10)
     client.config_set("maxmemory", 1)
     try:
+        assert system.producer.affinity.stats("jobs").entries > 20, "it is full of tasks"
         with pytest.raises((RedisError, OperationalError), match="maxmemory"):
             system.producer.app.tasks["jobs.work"].apply_async(("full", 0, 0))
         finished(system.history)
@@ -228,6 +232,55 @@ def test_a_redis_without_free_connections_is_waited_for(system: System) -> None:
         one.close()
     system.check("crowd-after")
     assert not system.lines(system.beat, "is lost (no heartbeat)")
+
+
+@pytest.mark.proves("BUSY: a foreign script runs", "it is waited for; no worker ends, nobody is rescued")
+def test_a_busy_redis_is_waited_for(system: System) -> None:
+    client = system.client
+    client.config_set("lua-time-limit", 100)
+    system.long_task("busy-long")
+    system.producer.send_each([f"busy-{tag}" for tag in TAGS], 5, ms=5)
+    foreign = threading.Thread(target=endless_script, args=(system.server.client(),))
+    foreign.start()
+    wait_until(lambda: system.lines(system.beat, "answers with an error (BUSY"), what="a word")
+    time.sleep(LONG_SECONDS)  # the length of the trouble: past every lease and term
+    client.script_kill()
+    foreign.join(10)
+    system.check("busy-after")
+    assert not system.lines(system.beat, "is lost (no heartbeat)")
+
+
+def endless_script(client: Redis) -> None:
+    with contextlib.suppress(RedisError):
+        client.eval("while true do end", 0)
+
+
+@pytest.mark.proves("a worker's connections slow, mute or half-open for less than a lease", "nothing lost or doubled")
+def test_a_worker_whose_connections_are_slow_mute_or_half_open_goes_on(system: System) -> None:
+    proxy = Proxy(system.server.port)
+    system.worker.term()
+    system.worker.wait(30)
+    remote = system.cluster.worker(
+        APP, "remote", queues="jobs", concurrency=2, extra=LEAN,
+        environ={**QUICK, **WORKER_ONLY, BROKER_VARIABLE: proxy.url()},
+    )  # fmt: skip
+    try:
+        remote.wait_ready()
+        for verb in ("delay", "drop_replies", "blackhole"):
+            system.producer.send_each([f"{verb}-{tag}" for tag in TAGS], 5, ms=10)
+            wait_for_run(system.history, lambda run, verb=verb: run.tag.startswith(verb))
+            proxy.delay(0.1) if verb == "delay" else getattr(proxy, verb)()
+            time.sleep(0.4 * HEARTBEAT_TIMEOUT_SECONDS)  # the length of the trouble
+            proxy.heal()
+            finished(system.history)
+        remote.term()
+        assert remote.wait(30) == 0
+    finally:
+        proxy.close()
+        remote.destroy()
+        system.worker.start()
+        system.worker.wait_ready()
+    system.check("proxied")
 
 
 # What Redis forgets, each on servers of its own

@@ -20,7 +20,7 @@ from celery_affinity.scheduler import Scheduler
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue
 
-from .conftest import Bench
+from .conftest import Bench, Node
 
 QUEUE = AffinityQueue("q")
 
@@ -79,7 +79,6 @@ class OneThread(Burials):
 def leader(client: Redis, bench: Bench, name: str, told: Told) -> Scheduler:
     scripts = Scripts(client, bench.scripts.keys)
     rescuer = Rescuer(scripts, "q", 5.0)
-    rescuer._last = ("", 0.0, 0.0)
     rescuer._clock_moved = lambda: False  # type: ignore[method-assign]  # it has been looking on
     return Scheduler(
         scripts, QUEUE, Elector(scripts, "q", name, 60.0),
@@ -88,14 +87,14 @@ def leader(client: Redis, bench: Bench, name: str, told: Told) -> Scheduler:
     )  # fmt: skip
 
 
-def full_of_work(bench: Bench) -> None:
-    """Something of everything that a leader does in a pass."""
+def full_of_work(bench: Bench) -> Node:
+    """Something of everything that a leader does in a pass; the node that lives."""
     bench.lead(candidate="earlier/1")
     lost = bench.node("lost", slots=2, depth=2)
-    bench.node("n", slots=2, depth=2)
     bench.send("a", *range(3))
     bench.send("b", *range(3))
     bench.admit()
+    node = bench.node("n", slots=2, depth=2)
     while copy := lost.receive():
         copy.start()
     bench.scripts.resign("q", bench.fence)
@@ -105,6 +104,7 @@ def full_of_work(bench: Bench) -> None:
     bench.send_untagged("is buried")
     bench.send("b", 3)
     bench.send("c", *range(3))
+    return node
 
 
 def pass_until_idle(scheduler: Scheduler) -> None:
@@ -122,7 +122,6 @@ def pass_until_idle(scheduler: Scheduler) -> None:
 
 def life(server: Server, bench: Bench, failpoint: Failpoint) -> Told:
     """A leader that dies at the failpoint, and its successor."""
-    full_of_work(bench)
     told = Told()
     first = leader(dying_client(server, failpoint), bench, "first/1", told)
     try:
@@ -152,15 +151,13 @@ def test_a_leader_that_dies_at_any_command_leaves_nothing_undone(
     for at in count(1):
         bench = next(benches)
         failpoint = Failpoint(at, done)
+        node = full_of_work(bench)
         told = life(shared_server, bench, failpoint)
         ran: dict[str, list[str]] = {}
-        node = bench.node("m", slots=1, depth=2)
-        others = [node, *(type(node)(bench, n, f"{bench.scripts.keys.prefix}wq-{n}") for n in ["n"])]
-        while any(copies := [(one, one.receive()) for one in others]) and any(c for _, c in copies):
-            for _, copy in copies:
-                if copy and copy.start() == 1:
-                    ran.setdefault(copy.tag, []).append(copy.id)
-                    copy.settle()
+        while copy := node.receive():
+            if copy.start() == 1:
+                ran.setdefault(copy.tag, []).append(copy.id)
+                copy.settle()
         where = f"killed at command {at} of {failpoint.sent}"
         assert ran == {
             "a": [f"a-{n}" for n in range(4)], "b": [f"b-{n}" for n in range(4)],
