@@ -7,11 +7,12 @@ record read in one step, the list of them in several.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from redis import Redis
+from redis.exceptions import OutOfMemoryError
 
 from celery_affinity.delivery import Delivery
 from celery_affinity.keys import Keys
@@ -48,11 +49,24 @@ class Ledger:
         self._keys = keys
         self._delivery = delivery
 
+    def _together(self, ask: Callable[[Any], None]) -> list[Any]:
+        """Answers of one moment; of several while memory is full: Redis takes no MULTI then."""
+        try:
+            return self._answers(ask, transaction=True)
+        except OutOfMemoryError:
+            return self._answers(ask, transaction=False)
+
+    def _answers(self, ask: Callable[[Any], None], transaction: bool) -> list[Any]:
+        with self._client.pipeline(transaction=transaction) as pipe:
+            ask(pipe)
+            return list(pipe.execute())
+
     def stats(self, queue: AffinityQueue) -> QueueStats:
         """Counts of one affinity queue."""
         key = self._keys.queue
         state = queue.state
-        with self._client.pipeline(transaction=True) as pipe:
+
+        def ask(pipe: Any) -> None:
             for pending in self._delivery.pending_lists(queue.pending):
                 pipe.llen(pending)
             pipe.hlen(key(state, "m"))
@@ -64,7 +78,8 @@ class Ledger:
             pipe.hexists(key(state, "conf"), "evac")
             pipe.hlen(key(state, "dead"))
             pipe.hgetall(key(state, "c"))
-            *lengths, entries, eta, ring, held, halted, idle, evac, dead, totals = pipe.execute()
+
+        *lengths, entries, eta, ring, held, halted, idle, evac, dead, totals = self._together(ask)
         total = {_text(name): _number(value) for name, value in totals.items()}
         return QueueStats(
             queue.name,
@@ -100,11 +115,12 @@ class Ledger:
         return sorted(records, key=lambda record: record.name)
 
     def _worker(self, incarnation: str, left: float, names: dict[str, str]) -> WorkerRecord | None:
-        with self._client.pipeline(transaction=True) as pipe:
+        def ask(pipe: Any) -> None:
             pipe.hgetall(self._keys.worker(incarnation, "info"))
             pipe.smembers(self._keys.worker(incarnation, "leased"))
             pipe.hvals(self._keys.worker(incarnation, "busy"))
-            raw, leased, busy = pipe.execute()
+
+        raw, leased, busy = self._together(ask)
         info = {_text(k): _text(v) for k, v in raw.items()}
         if not info:
             return None
@@ -177,10 +193,7 @@ class Ledger:
     def leader(self, queue: AffinityQueue) -> LeaderRecord | None:
         """Who schedules the queue, or None."""
         key = self._keys.queue(queue.state, "leader")
-        with self._client.pipeline(transaction=True) as pipe:
-            pipe.get(key)
-            pipe.pttl(key)
-            value, left = pipe.execute()
+        value, left = self._together(lambda pipe: pipe.get(key).pttl(key))
         if value is None:
             return None
         candidate, term = _text(value).rsplit(" ", 1)

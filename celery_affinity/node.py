@@ -71,6 +71,8 @@ class Node:
             [name for queue in settings.queues for name in {queue.name, queue.pending}],
             [worker_queue(name, self._announce) for name in self.worker_queues.values()],
         )
+        # Else a worker ends when Redis refuses its BRPOP: BUSY, a full disk (MISCONF).
+        self.app.conf.broker_channel_error_retry = True
         pending = {queue.state: queue.pending for queue in settings.queues}
         internals.settle_own_retries(self.app, pending.get, self._runs_alone)
         self._lifeline = Lifeline()

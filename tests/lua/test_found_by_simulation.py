@@ -32,6 +32,10 @@ class JumpingClock(Scripts):
             time=lambda: (real.time()[0] + self.ahead, real.time()[1]),
         )
 
+    def rescue(self, state: str, fence: str, budget: int, looked: object = None) -> list[object]:
+        """Inside of scripts the clock has not jumped."""
+        return super().rescue(state, fence, budget)
+
     def jump(self, bench: Bench, seconds: int) -> None:
         """The clock and, as seen from it, every deadline."""
         self.ahead += seconds

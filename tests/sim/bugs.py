@@ -12,10 +12,10 @@ from typing import Any
 
 from celery_affinity.gate import Gate
 from celery_affinity.held import Held
+from celery_affinity.lua_text import source
 from celery_affinity.message import Stamp
 from celery_affinity.reporter import Reporter
 from celery_affinity.rescuer import Rescuer
-from celery_affinity.scripts import source
 
 __all__ = ("BUGS", "NONE", "Bug")
 

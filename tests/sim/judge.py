@@ -180,7 +180,7 @@ class Judge:
             self.seen["taken back by a heartbeat"] += answer[2]
 
     def _rebase(self, now: int, redis_us: int, args: Any, answer: Any, late: bool) -> None:
-        if answer[0] != -1:
+        if answer[0] != -1 and len(args) < 4:  # else they get some time more
             self.beats = dict.fromkeys(self.beats, now)
 
     def _rescue(self, now: int, redis_us: int, args: Any, answer: Any, late: bool) -> None:

@@ -160,6 +160,10 @@ class FakeClient:
         self._world.pause()
         return self._world.ledger.command("HGET", key, field)
 
+    def hmget(self, key: str, fields: Any) -> Any:
+        self._world.pause()
+        return self._world.ledger.command("HMGET", key, *fields)
+
     def time(self) -> tuple[int, int]:
         self._world.pause()
         self._world.looked_at_clock()

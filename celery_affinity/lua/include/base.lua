@@ -3,7 +3,8 @@
 -- KEYS[1] is the namespace's prefix, "{affinity:<namespace>}:". All other keys are computed
 -- from it and share its hash slot; the text of a tag or a queue is never inside the braces.
 --
---   q:<queue>:c        hash    counters: seq, epoch, term, ring, admitted, settled, ...
+--   q:<queue>:c        hash    counters: seq, epoch, term, ring, admitted, settled, ...; born: the
+--                              first term in this data set
 --   q:<queue>:conf     hash    max_batch_size, tag_concurrency, ... (written by the leader); evac: it
 --                              is stopped, revoked: some tasks are, lacking: some workers lack tasks,
 --                              halts: some tags are halted
