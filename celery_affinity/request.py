@@ -207,12 +207,16 @@ class DispatchedRequest:
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """A time limit is over; past the hard one the process is killed."""
-        if not soft:
-            self.affinity_ends.finish(self.affinity_stamp, "failed")
+        if soft:
+            super().on_timeout(soft, timeout)  # type: ignore[misc]
+            return
+        self.affinity_ends.finish(self.affinity_stamp, "failed")
+        try:
+            super().on_timeout(soft, timeout)  # type: ignore[misc]
+        finally:
+            # Behind the hooks that Celery calls here: its tag must not go on beside them.
             if self.affinity_in_process:
                 self.affinity_ends.process_lost(self.affinity_stamp)
-        super().on_timeout(soft, timeout)  # type: ignore[misc]
-        if not soft:
             self._ended()
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:

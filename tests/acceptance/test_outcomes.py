@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -480,6 +480,13 @@ def look(tags: dict[str, Tag], history_path: Path) -> None:
         tag.runs = by_tag.get(tag.name, [])
 
 
-def beside_each_other(runs: list[Run]) -> list[tuple[str, str]]:
-    """Runs and hooks of a tag that overlap; one without an end was killed."""
-    return [(str(a), str(b)) for a, b in pairwise(runs) if a.end and a.end > b.start]
+def beside_each_other(runs: list[Run]) -> list[str]:
+    """Runs and hooks of different tasks that overlap; one without an end was killed.
+
+    Those of one task may: Celery calls `on_failure` in the worker's parent once a time limit is
+    over, while the process still cleans up.
+    """
+    return [
+        f"{b} of {b.task_id} started before the end of {a} of {a.task_id}"
+        for a, b in combinations(runs, 2) if a.end and a.end > b.start and a.task_id != b.task_id
+    ]
