@@ -9,7 +9,6 @@ entry once, and keeps nothing.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,9 +22,9 @@ from celery import __version__ as celery_version
 from celery import states
 from celery.result import AsyncResult
 
-from acceptance.apps.outcomes import CGROUP_VARIABLE, HOOK
+from acceptance.apps.outcomes import BACKEND_VARIABLE, CGROUP_VARIABLE, HOOK, keep_results
 from acceptance.support import LEAN, QUICK, Producer, wait_for_nodes
-from celery_affinity.embedded import Server
+from celery_affinity.embedded import Server, start_server
 from harness import RESULTS_VARIABLE, Cluster, wait_until
 from history import History, Run, record
 
@@ -46,7 +45,7 @@ class Tag:
     """What one outcome does with its tag, and what it sees of it."""
 
     def __init__(self, name: str, pool: str, producer: Producer) -> None:
-        self.name, self.pool = f"{name} on {pool}", pool
+        self.name, self.pool = name, pool
         self.runs: list[Run] = []
         #: Entries that are to be counted as settled, and as dead letters.
         self.settles = self.dead = 0
@@ -159,14 +158,14 @@ def _(tag: Tag) -> Script:
     assert tag.order() == [0] and "EncodeError" in repr(stored(result))
 
 
-@outcome("Ignore", "no state is stored; one run")
+@outcome("46: Ignore", "no state is stored; one run")
 def _(tag: Tag) -> Script:
     result, after = tag.send("ignore"), tag.send()
     yield ends(after, states.SUCCESS)
     assert tag.order() == [0, 1] and result.state == states.PENDING
 
 
-@outcome("Reject", "FAILURE is stored (Celery before 5.7: no state); one run")
+@outcome("46: Reject", "FAILURE is stored (Celery before 5.7: no state); one run")
 def _(tag: Tag) -> Script:
     result, after = tag.send("reject"), tag.send()
     yield ends(after, states.SUCCESS)
@@ -175,7 +174,7 @@ def _(tag: Tag) -> Script:
     assert tag.order() == [0, 1]
 
 
-@outcome("Reject with requeue", "it runs again at the end of its tag; then SUCCESS")
+@outcome("46: Reject with requeue", "it runs again at the end of its tag; then SUCCESS")
 def _(tag: Tag) -> Script:
     result, after = tag.send("requeue", 200, again=1), tag.send()
     yield ends(result, states.SUCCESS)
@@ -183,7 +182,7 @@ def _(tag: Tag) -> Script:
     assert tag.order() == ([0, 0, 1] if tag.starts(0) == 2 and tag.order()[1] == 0 else [0, 1, 0])
 
 
-@outcome("retry", "it runs again at the end of its tag; then SUCCESS")
+@outcome("46: retry", "it runs again at the end of its tag; then SUCCESS")
 def _(tag: Tag) -> Script:
     result, after = tag.send("retry", 200, again=1), tag.send()
     yield ends(result, states.SUCCESS)
@@ -191,7 +190,7 @@ def _(tag: Tag) -> Script:
     assert sorted(tag.order()) == [0, 0, 1]
 
 
-@outcome("retries that are used up", "FAILURE is stored with the error that was given")
+@outcome("46: retries that are used up", "FAILURE is stored with the error that was given")
 def _(tag: Tag) -> Script:
     result = tag.send("retries", again=1)
     yield ends(result, states.FAILURE)
@@ -220,7 +219,7 @@ def _(tag: Tag) -> Script:
     assert tag.order() == [0, 2]
 
 
-@outcome("revoked while it waits", "REVOKED is stored; it never runs")
+@outcome("47: revoked while it waits", "REVOKED is stored; it never runs")
 def _(tag: Tag) -> Script:
     tag.send("", 600), tag.send("", 100)
     result, after = tag.send(), tag.send()
@@ -230,7 +229,7 @@ def _(tag: Tag) -> Script:
     assert tag.order() == [0, 1, 3]
 
 
-@outcome("revoked after its dispatch", prefork="REVOKED is stored; it never runs")
+@outcome("47: revoked after its dispatch", prefork="REVOKED is stored; it never runs")
 def _(tag: Tag) -> Script:
     tag.send("", 800)
     result, after = tag.send(), tag.send()
@@ -262,7 +261,7 @@ def _(tag: Tag) -> Script:
 # What ends it from outside
 
 
-@outcome("revoked while it runs", "it runs to its own end, SUCCESS")
+@outcome("47: revoked while it runs", "it runs to its own end, SUCCESS")
 def _(tag: Tag) -> Script:
     result, after = tag.send("", 500), tag.send()
     yield lambda: tag.starts(0)
@@ -284,7 +283,7 @@ def terminated(tag: Tag, signal: str, after_ms: float) -> Script:
 
 
 @outcome(
-    "terminated with TERM", threads=IGNORED, solo=IGNORED,
+    "46: terminated with TERM, it cleans up for 0.5 s", threads=IGNORED, solo=IGNORED,
     prefork="REVOKED is stored; the tag goes on when its process is gone",
     gevent="REVOKED is stored; the tag goes on when its greenlet is over",
 )
@@ -292,7 +291,7 @@ def _(tag: Tag) -> Script:
     yield from terminated(tag, "SIGTERM", after_ms=500)
 
 
-@outcome("terminated with KILL", prefork="REVOKED is stored; the tag goes on when its process is gone")
+@outcome("46: terminated with KILL", prefork="REVOKED is stored; the tag goes on when its process is gone")
 def _(tag: Tag) -> Script:
     yield from terminated(tag, "SIGKILL", after_ms=0)
 
@@ -309,7 +308,7 @@ def _(tag: Tag) -> Script:
 
 
 @outcome(
-    "hard time limit", threads=IGNORED, solo=IGNORED,
+    "46: hard time limit", threads=IGNORED, solo=IGNORED,
     prefork="FAILURE is stored (TimeLimitExceeded); the tag goes on when its process is gone",
     gevent="FAILURE is stored (TimeLimitExceeded); the tag goes on when its greenlet is over",
 )
@@ -352,12 +351,12 @@ def lost_once(tag: Tag, how: str) -> Script:
 AGAIN = "no FAILURE is stored; it runs again at the head of its tag; SUCCESS"
 
 
-@outcome("pool process killed", prefork=AGAIN)
+@outcome("2: a pool process is killed in a task", prefork=AGAIN)
 def _(tag: Tag) -> Script:
     yield from lost_once(tag, "kill once")
 
 
-@outcome("pool process killed, each time", prefork=f"buried after {MAX_DELIVERIES} starts; FAILURE is stored")
+@outcome("2: a pool process is killed in a task, each time", prefork=f"buried after {MAX_DELIVERIES} starts; FAILURE is stored")
 def _(tag: Tag) -> Script:
     result, after = tag.send("kill", dead=1), tag.send()
     yield ends(result, states.FAILURE)
@@ -365,12 +364,12 @@ def _(tag: Tag) -> Script:
     assert tag.order() == [0, 0, 1] and "WorkerLostError" in repr(stored(result))
 
 
-@outcome("pool process out of memory", prefork=AGAIN)
+@outcome("3: a pool process is out of memory", prefork=AGAIN)
 def _(tag: Tag) -> Script:
     yield from lost_once(tag, "out of memory once")
 
 
-@outcome("pool process leaves (os._exit)", prefork=AGAIN)
+@outcome("2: a pool process leaves (os._exit)", prefork=AGAIN)
 def _(tag: Tag) -> Script:
     yield from lost_once(tag, "_exit once")
 
@@ -406,7 +405,7 @@ def producer(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Producer:
 
 def proofs(pool: str) -> list[pytest.MarkDecorator]:
     return [
-        pytest.mark.proves(f"outcome: {name}", pools[pool])
+        pytest.mark.proves(name if name[0].isdigit() else f"outcome: {name}", pools[pool])
         for name, (_, pools) in _outcomes.items() if pool in pools
     ]
 
@@ -490,3 +489,71 @@ def beside_each_other(runs: list[Run]) -> list[str]:
         f"{b} of {b.task_id} started before the end of {a} of {a.task_id}"
         for a, b in combinations(runs, 2) if a.end and a.end > b.start and a.task_id != b.task_id
     ]
+
+
+# While the result backend is down
+
+
+@pytest.fixture
+def results(server_binary: Path, cluster: Cluster) -> Iterator[Server]:
+    """A server for results alone."""
+    with start_server(aof=True) as running:
+        cluster.environ[BACKEND_VARIABLE] = running.url()
+        yield running
+
+
+def end_without(
+    results: Server, cluster: Cluster, history_path: Path, pool: str, **queue: Any
+) -> tuple[Producer, Tag, list[AsyncResult]]:
+    """Have a task end while the results' server is down, with another one of its tag behind it."""
+    producer = Producer(cluster.broker_url)
+    keep_results(producer.app, results.url())
+    environ = {**QUICK, "AFFINITY_TEST_QUEUE": json.dumps(queue)}
+    cluster.worker(
+        OUTCOMES, queues="jobs", concurrency=POOLS[pool], pool=pool, environ=environ, extra=LEAN
+    )
+    wait_for_nodes(producer.affinity, 1)
+    tag = Tag("down", pool, producer)
+    sent = [tag.send("", 500), tag.send("", 500)]
+    wait_until(lambda: History.load(history_path).runs, what="the start")
+    results.kill()
+    return producer, tag, sent
+
+
+@pytest.mark.proves(
+    "48: result backend down when a task ends",
+    "settled once, not run again; FAILURE is stored if the backend is back in time, else no state; the tag goes on",
+)
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_task_whose_result_cannot_be_stored_settles_once_and_its_tag_goes_on(
+    results: Server, cluster: Cluster, history_path: Path, pool: str
+) -> None:
+    producer, tag, (lost, _) = end_without(results, cluster, history_path, pool)
+    wait_until(lambda: producer.affinity.stats("jobs").entries == 0, what="an empty ledger")
+    results.start()
+    wait_until(ends(tag.send(), states.SUCCESS), what="the next one's end")
+    assert lost.app.AsyncResult(lost.id).state in (states.PENDING, states.FAILURE)
+    wait_until(lambda: producer.affinity.stats("jobs").settled == 3, what="three settles")
+    look({"": tag}, history_path)
+    assert tag.order() == [0, 1, 2] and not beside_each_other(tag.runs)
+    (stats,) = producer.app.control.inspect(timeout=5).stats().values()
+    assert stats["affinity"]["held"] == [], "the node has forgotten them"
+
+
+@pytest.mark.proves(
+    "48: result backend down when a task ends, on_failure block",
+    "it has failed: buried with its reason, and its tag is blocked",
+)
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_task_whose_result_cannot_be_stored_blocks_its_tag(
+    results: Server, cluster: Cluster, history_path: Path, pool: str
+) -> None:
+    producer, tag, _ = end_without(results, cluster, history_path, pool, on_failure="block")
+    wait_until(lambda: producer.affinity.dead_letters("jobs"), what="the burial")
+    (letter,) = producer.affinity.dead_letters("jobs")
+    assert "Error" in letter.reason and "Traceback" in letter.traceback
+    results.start()
+    producer.affinity.purge_dead("jobs", [letter.entry])
+    wait_until(ends(tag.send(), states.SUCCESS), what="the next one's end")
+    look({"": tag}, history_path)
+    assert tag.order() == [0, 1, 2]

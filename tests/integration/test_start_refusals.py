@@ -137,6 +137,10 @@ def test_a_beat_without_affinity_says_what_to_add(shared_server: Server, tmp_pat
     assert "add affinity = Affinity(app" in done.stdout + done.stderr
 
 
+@pytest.mark.proves(
+    "23: Redis may evict keys",
+    "refused at start, with the setting to change",
+)
 def test_a_redis_that_may_evict_keys_is_refused(server: Server, tmp_path: Path) -> None:
     client = server.client()
     client.config_set("maxmemory", "100mb")
@@ -160,6 +164,10 @@ def test_a_redis_user_that_may_not_do_what_the_ledger_needs_is_refused(
     assert "ACL SETUSER <user> +info" in done.stdout + done.stderr
 
 
+@pytest.mark.proves(
+    "Redis without AOF",
+    "a warning at start",
+)
 def test_a_redis_without_aof_is_warned_of(
     server: Server, aof_server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:

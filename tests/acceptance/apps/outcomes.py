@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from billiard.process import current_process
-from celery import Task, signals
+from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 
 from acceptance.apps.affinity_app import affinity, app, recorded
@@ -17,6 +17,21 @@ from celery_affinity import affinity_task
 from history import HISTORY_VARIABLE, record
 
 __all__ = ("affinity", "app")
+
+#: Names a server that keeps results and nothing else.
+BACKEND_VARIABLE = "AFFINITY_TEST_BACKEND"
+
+
+def keep_results(app: Celery, url: str) -> None:
+    """Keep them there, and give up after some tries while it is away."""
+    app.conf.update(
+        task_ignore_result=False, result_backend=url,
+        result_backend_transport_options={"retry_policy": {"max_retries": 1, "interval_start": 0.1}},
+    )
+
+
+if BACKEND_VARIABLE in os.environ:
+    keep_results(app, os.environ[BACKEND_VARIABLE])
 
 app.conf.beat_schedule = {
     "ordinary": {"task": "jobs.plain_work", "schedule": 1.0, "args": ("ordinary tick", 0)},
