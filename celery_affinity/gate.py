@@ -239,7 +239,7 @@ class Gate:
             elif not isinstance(error, Exception):
                 outcome = ""
                 self._process_stops(stamp, told=_is_of_greenlets(error))
-            elif not isinstance(error, Reject):
+            elif not isinstance(error, Reject) and not run.retry_messages:
                 # Celery could not store the result. It takes that for the task's failure.
                 outcome, failure = "failed", _reason_and_traceback(error, format_exc())
             raise

@@ -525,7 +525,7 @@ def results(server_binary: Path, cluster: Cluster) -> Iterator[Server]:
 
 
 def end_without(
-    results: Server, cluster: Cluster, history_path: Path, pool: str, **queue: Any
+    results: Server, cluster: Cluster, history_path: Path, pool: str, how: str = "", **queue: Any
 ) -> tuple[Producer, Tag, list[AsyncResult]]:
     """Have a task end while the results' server is down, with another one of its tag behind it."""
     producer = Producer(cluster.broker_url)
@@ -536,7 +536,7 @@ def end_without(
     )
     wait_for_nodes(producer.affinity, 1)
     tag = Tag("down", pool, producer)
-    sent = [tag.send("", 500), tag.send("", 500)]
+    sent = [tag.send(how, 500), tag.send("", 500)]
     wait_until(lambda: History.load(history_path).runs, what="the start")
     results.kill()
     return producer, tag, sent
@@ -579,3 +579,17 @@ def test_a_task_whose_result_cannot_be_stored_blocks_its_tag(
     wait_until(ends(tag.send(), states.SUCCESS), what="the next one's end")
     look({"": tag}, history_path)
     assert tag.order() == [0, 1, 2]
+
+
+def test_a_retry_that_could_not_be_stored_is_no_failure(
+    results: Server, cluster: Cluster, history_path: Path
+) -> None:
+    producer, tag, _ = end_without(
+        results, cluster, history_path, "prefork", how="retry", on_failure="block"
+    )
+    wait_until(lambda: producer.affinity.stats("jobs").settled, what="its end")
+    results.start()
+    wait_until(lambda: producer.affinity.stats("jobs").settled == 3, what="the end of all")
+    look({"": tag}, history_path)
+    assert sorted(tag.order()) == [0, 0, 1]
+    assert producer.affinity.dead_letters("jobs") == []
