@@ -279,6 +279,8 @@ def terminated(tag: Tag, signal: str, after_ms: float) -> Script:
     result.revoke(terminate=True, signal=signal)
     yield ends(result, states.REVOKED if ends_it else states.SUCCESS)
     yield ends(after, states.SUCCESS)
+    if signal == "SIGTERM":
+        yield lambda: all(run.end for run in tag.runs)  # an overlap is seen only then
     assert tag.order() == [0, 1]
 
 
@@ -489,6 +491,20 @@ def beside_each_other(runs: list[Run]) -> list[str]:
         f"{b} of {b.task_id} started before the end of {a} of {a.task_id}"
         for a, b in combinations(runs, 2) if a.end and a.end > b.start and a.task_id != b.task_id
     ]
+
+
+@pytest.mark.parametrize("slot_is_process", [True, False])
+def test_a_tag_waits_for_a_terminated_process_that_takes_its_time(
+    cluster: Cluster, history_path: Path, producer: Producer, slot_is_process: bool
+) -> None:
+    """Also where another process could take the tag's next task, and longer than two heartbeats."""
+    environ = {**QUICK, "AFFINITY_SLOT_IS_PROCESS": str(int(slot_is_process))}
+    cluster.worker(OUTCOMES, queues="jobs", concurrency=2, environ=environ, extra=LEAN)
+    wait_for_nodes(producer.affinity, 1)
+    tags = {"": Tag("tag", "prefork", producer)}
+    found = play({"": terminated(tags[""], "SIGTERM", after_ms=2500)}, tags, history_path)
+    assert not found
+    assert not beside_each_other(tags[""].runs)
 
 
 @pytest.mark.proves(

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from billiard.process import current_process
@@ -193,8 +194,9 @@ def ending(self: Task, tag: str, seq: int, how: str = "", ms: float = 0, after_m
             return "limited"
         finally:
             until = time.monotonic() + after_ms / 1000
-            while time.monotonic() < until:  # a second signal does not cut it short
-                time.sleep(0.02)
+            while time.monotonic() < until:
+                with suppress(SystemExit):  # Celery sends TERM twice
+                    time.sleep(0.02)
 
 
 def _raise(error: BaseException) -> None:
