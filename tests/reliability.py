@@ -28,12 +28,12 @@ NOT_COVERED: dict[int, tuple[str, str]] = {
     12: ("A worker's event loop is blocked for 10 heartbeats", "Heartbeats come from a thread of their own; no law blocks the loop that long"),
     13: ("C code holds the GIL for longer than a lease", "A declared limit, as a frozen process is"),
     15: ("Redis is killed with appendfsync everysec", "What the server lost nobody can give back; how much was not measured"),
-    19: ("Redis is slow", "Measured above (`delay`), no law"),
-    20: ("A foreign script keeps Redis busy", "Measured above (`busy_redis`), no law"),
+    19: ("Redis is slow", "Measured below (`delay`), no law"),
+    20: ("A foreign script keeps Redis busy", "Measured below (`busy_redis`), no law"),
     22: ("maxmemory is reached", "Not tried"),
     24: ("The AOF's disk is full", "Not tried"),
-    26: ("Connections are reset (RST)", "Measured above (`reset`), no law"),
-    27: ("A connection swallows everything (half-open)", "Measured above (`blackhole`, `chaos.loss half-open`), no law"),
+    26: ("Connections are reset (RST)", "Measured below (`reset`), no law"),
+    27: ("A connection swallows everything (half-open)", "Measured below (`blackhole`, `chaos.loss half-open`), no law"),
     30: ("Only the leader is cut off", "Only frozen and killed leaders"),
     31: ("Sentinel failover", "Sentinel is not supported"),
     32: ("Failover to a replica that lags", "Replicas are not supported"),
@@ -44,7 +44,7 @@ NOT_COVERED: dict[int, tuple[str, str]] = {
     37: ("RabbitMQ's consumer_timeout", "RabbitMQ is not supported"),
     40: ("Clocks run at different rates", "Deadlines are counted by Redis' clock; no law bends a clock"),
     41: ("A host is suspended", "A frozen process tree stands in for it"),
-    43: ("Rolling restart of all workers under load", "Measured above (`rolling_restart`), no law"),
+    43: ("Rolling restart of all workers under load", "Measured below (`rolling_restart`), no law"),
     49: ("File descriptors or connections run out", "Not tried"),
     50: ("A producer is killed while it sends, or repeats a publish", "As with plain Celery: a repeated publish may come twice"),
     51: ("Two versions of the library during a deploy", "There is one version"),
@@ -84,7 +84,8 @@ class Row:
         link = f"[{name.removeprefix('test_').replace('_', ' ')}](../tests/{path})"
         verdicts = sorted(set(self.cases.values()))
         bad = [case for case, verdict in self.cases.items() if verdict == "failed"]
-        verdict = f"**failed** ({', '.join(bad)})" if bad else ", ".join(verdicts)
+        named = f" ({', '.join(filter(None, bad))})" if any(bad) else ""
+        verdict = f"**failed**{named}" if bad else ", ".join(verdicts)
         cases = ", ".join(case for case in self.cases if case)
         return f"| {self.fault} | {cases} | {self.result} | {link} | {verdict} |"
 

@@ -174,7 +174,7 @@ def _(tag: Tag) -> Script:
     assert tag.order() == [0, 1]
 
 
-@outcome("46: Reject with requeue", "it runs again at the end of its tag; then SUCCESS")
+@outcome("46: Reject with requeue", "it runs again; then SUCCESS")
 def _(tag: Tag) -> Script:
     result, after = tag.send("requeue", 200, again=1), tag.send()
     yield ends(result, states.SUCCESS)
@@ -182,7 +182,7 @@ def _(tag: Tag) -> Script:
     assert sorted(tag.order()) == [0, 0, 1]
 
 
-@outcome("46: retry", "it runs again at the end of its tag; then SUCCESS")
+@outcome("46: retry", "it runs again; then SUCCESS")
 def _(tag: Tag) -> Script:
     result, after = tag.send("retry", 200, again=1), tag.send()
     yield ends(result, states.SUCCESS)
