@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from itertools import count
+from traceback import format_exc
 from typing import Any
 from uuid import uuid4
 
@@ -47,7 +48,7 @@ from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp, tag_text
 from celery_affinity.scripts import Scripts
 from celery_affinity.watchdog import seconds
 
-__all__ = ("REFUSED", "Gate", "Run", "current_run")
+__all__ = ("REFUSED", "Gate", "Run", "Tracer", "current_run")
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,8 @@ class Gate:
         self._node = node
         self._incarnation = incarnation
         self._slot = slot
-        self._in_process = in_process
+        #: Whether tasks run in the worker's own process.
+        self.in_process = in_process
         self._ordinary = ordinary
         self._held: dict[int, tuple[str, str, str]] = {}
         self._announced = True
@@ -248,6 +250,9 @@ class Gate:
             elif not isinstance(error, Exception):
                 outcome = ""
                 self._process_stops(stamp, told=_is_of_greenlets(error))
+            elif not isinstance(error, Reject) and not run.retry_messages:
+                # Celery could not store the result. It takes that for the task's failure.
+                outcome, failure = "failed", _reason_and_traceback(error, format_exc())
             raise
         finally:
             del self._began[run.token]
@@ -279,13 +284,13 @@ class Gate:
         """The task did not end, it was stopped: its request reports what becomes of it. Without
         processes it learns of a timeout only (told), and there is nobody else to do so.
         """
-        if self._in_process and not told:
+        if self.in_process and not told:
             self._patiently(
                 lambda: self._scripts.lost(
                     stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.state
                 )
             )
-        if self._in_process:
+        if self.in_process:
             self._release(stamp.slot, "lost")
 
     def _settle(
@@ -380,11 +385,14 @@ def _failure_of(answer: Any) -> tuple[bytes, ...]:
     info = getattr(answer, "info", None)
     if info is None or getattr(info, "state", None) != FAILURE:
         return ()
+    return _reason_and_traceback(info.retval, str(getattr(answer.retval, "traceback", "") or ""))
+
+
+def _reason_and_traceback(error: Any, traceback: str) -> tuple[bytes, ...]:
     try:
-        reason = f"{type(info.retval).__name__}: {info.retval}"
+        reason = f"{type(error).__name__}: {error}"
     except Exception:  # an error that cannot even be printed
-        reason = type(info.retval).__name__
-    traceback = str(getattr(answer.retval, "traceback", "") or "")
+        reason = type(error).__name__
     return (
         reason[:1000].encode("utf-8", "replace"),
         traceback[-TRACEBACK_CHARACTERS:].encode("utf-8", "replace"),

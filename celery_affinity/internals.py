@@ -22,13 +22,15 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from billiard.einfo import ExceptionInfo
 from celery import states
-from celery.app.trace import trace_ok_t
+from celery.app.trace import TraceInfo, report_internal_error, trace_ok_t
+from celery.exceptions import Reject
 
 from celery_affinity.context import current
 from celery_affinity.exceptions import ConfigurationError
-from celery_affinity.gate import Gate, Run, current_run
-from celery_affinity.message import TAG_HEADER, due_ms, envelope
+from celery_affinity.gate import Gate, Run, Tracer, current_run
+from celery_affinity.message import STAMP_HEADER, TAG_HEADER, due_ms, envelope
 
 __all__ = (
     "call_before_cold_stop",
@@ -58,8 +60,34 @@ def wrap_tracers(tasks: Iterable[Any], gate: Gate) -> None:
             )
         if not getattr(tracer, "celery_affinity_gate", None):
             gated = gate.around(tracer)
+            if gate.in_process:
+                gated = _contained(task, gated)
             gated.celery_affinity_gate = gate  # type: ignore[attr-defined]
             task.__trace__ = gated
+
+
+def _contained(task: Any, tracer: Tracer) -> Tracer:
+    """Return what a dispatched task's tracer raises, as pool processes do.
+
+    In a pool without processes nobody catches it, such as that the result backend is away: the
+    request would never end, and its node hold it for ever.
+    """
+
+    def contained(uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
+        dispatched = bool(request) and STAMP_HEADER in request
+        try:
+            return tracer(uuid, args, kwargs, request)
+        except Reject as error:
+            if not dispatched:
+                raise
+            return trace_ok_t(ExceptionInfo(), TraceInfo(states.REJECTED, error), 0.0, None)
+        except Exception as error:
+            if not dispatched:
+                raise
+            failed = report_internal_error(task, error)
+            return trace_ok_t(failed, TraceInfo(states.FAILURE, error), 0.0, None)
+
+    return contained
 
 
 def refusal(marker: str) -> Any:

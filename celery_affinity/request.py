@@ -9,7 +9,9 @@ nothing is seen.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
@@ -70,6 +72,7 @@ class DispatchedRequest:
     expires: Any
     _already_cancelled: bool
     _already_revoked: bool
+    worker_pid: int
 
     def __init__(self, message: Any, **options: Any) -> None:
         stamp = Stamp.parse(message.headers.get(STAMP_HEADER))
@@ -208,17 +211,23 @@ class DispatchedRequest:
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """A time limit is over; past the hard one the process is killed."""
-        if not soft:
-            self.affinity_ends.finish(self.affinity_stamp, "failed")
+        if soft:
+            super().on_timeout(soft, timeout)  # type: ignore[misc]
+            return
+        self.affinity_ends.finish(self.affinity_stamp, "failed")
+        self._stops()
+        try:
+            super().on_timeout(soft, timeout)  # type: ignore[misc]
+        finally:
+            # Behind the hooks that Celery calls here: its tag must not go on beside them.
             if self.affinity_in_process:
                 self.affinity_ends.process_lost(self.affinity_stamp)
-        super().on_timeout(soft, timeout)  # type: ignore[misc]
-        if not soft:
             self._ended()
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         if getattr(self, "time_start", None):
             self.affinity_ends.finish(self.affinity_stamp)
+            self._stops()
         else:
             self.affinity_ends.discard(self.affinity_stamp, "settle", reason)
         super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
@@ -238,6 +247,14 @@ class DispatchedRequest:
         worker_state.task_ready(self)
         self._already_cancelled = True
 
+    def _stops(self) -> None:
+        """Its process is being stopped. Where slots are no processes only this keeps its tag from
+        going on meanwhile (test_a_tag_waits_for_a_terminated_process_that_takes_its_time).
+        """
+        if not self.affinity_in_process:
+            gone = partial(_is_gone, self.worker_pid)
+            self.affinity_ends.held.stopping(self.affinity_stamp, gone)
+
     def _vanish(self) -> None:
         worker_state.task_ready(self)
         self._ended()
@@ -251,6 +268,14 @@ class DispatchedRequest:
         original = self.affinity_ends.held.other_request(task_id, self)
         if original is not None:
             worker_state.requests[task_id] = original
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 def never_requeued(task: Any, fail: Callable[..., Any]) -> Callable[..., Any]:

@@ -46,7 +46,7 @@ def record_of(producer: Producer, node: Node) -> WorkerRecord:
     return next(found for found in producer.affinity.workers() if found.name == node.name)
 
 
-@pytest.mark.proves("kill -9 of a worker's parent while a task of 60 s runs", "its process is gone before the tag runs elsewhere")
+@pytest.mark.proves("4: kill -9 of a worker's parent while a task of 60 s runs", "its process is gone before the tag runs elsewhere")
 @pytest.mark.parametrize("pool, child_is_stopped", [("prefork", False), ("prefork", True), ("threads", False)])
 def test_no_process_of_a_killed_parent_runs_once_its_lease_has_passed_on(
     cluster: Cluster, history_path: Path, producer: Producer, pool: str, child_is_stopped: bool
@@ -73,7 +73,7 @@ def test_no_process_of_a_killed_parent_runs_once_its_lease_has_passed_on(
     finished(history_path)
 
 
-@pytest.mark.proves("a worker frozen past its lease while messages for it wait", "starts nothing before it has registered anew")
+@pytest.mark.proves("10: a worker is frozen past its lease while messages for it wait", "starts nothing before it has registered anew")
 @pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
 def test_a_frozen_worker_starts_nothing_before_it_has_registered_anew(
     cluster: Cluster, history_path: Path, producer: Producer, pool: str

@@ -119,7 +119,7 @@ def system(shared: System, monkeypatch: pytest.MonkeyPatch) -> System:
     return shared
 
 
-@pytest.mark.proves("maxmemory reached, noeviction", "sending raises, what is there is worked off, nobody spins")
+@pytest.mark.proves("22: maxmemory reached, noeviction", "sending raises, what is there is worked off, nobody spins")
 def test_a_full_redis_is_worked_off_and_everything_goes_on(system: System) -> None:
     client = system.client
     system.long_task("full-long")
@@ -149,7 +149,7 @@ def commands(client: Redis) -> int:
     return int(client.info("stats")["total_commands_processed"])  # type: ignore[index]
 
 
-@pytest.mark.proves("disk full: MISCONF", "sending raises, all waits, nobody alive is rescued")
+@pytest.mark.proves("24: the disk is full (MISCONF)", "sending raises, all waits, nobody alive is rescued")
 def test_a_redis_that_refuses_all_writes_is_waited_for(system: System) -> None:
     client = system.client
     blocker = system.server.directory / "dump.rdb"
@@ -191,7 +191,7 @@ def test_an_error_in_a_pass_concedes_the_term_and_never_ends_beat(system: System
 
 @pytest.mark.skipif(not (shutil.which("gcc") or shutil.which("cc")), reason="needs a C compiler")
 @pytest.mark.parametrize("hours", [1, -1])
-@pytest.mark.proves("Redis' wall clock jumps by an hour", "nobody alive is rescued, nothing runs twice")
+@pytest.mark.proves("39: Redis' wall clock jumps by an hour", "nobody alive is rescued, nothing runs twice")
 def test_a_jump_of_the_wall_clock_rescues_nobody_alive(system: System, hours: int) -> None:
     before = int(system.client.time()[0])
     tag = f"jump{hours}"
@@ -209,7 +209,7 @@ def test_a_jump_of_the_wall_clock_rescues_nobody_alive(system: System, hours: in
     assert not system.lines(system.worker, "registers anew")
 
 
-@pytest.mark.proves("maxclients reached", "backoff, no crash, goes on when there are connections again")
+@pytest.mark.proves("49: maxclients reached", "backoff, no crash, goes on when there are connections again")
 def test_a_redis_without_free_connections_is_waited_for(system: System) -> None:
     client = system.client
     system.long_task("crowd-long")
@@ -235,7 +235,7 @@ def test_a_redis_without_free_connections_is_waited_for(system: System) -> None:
     assert not system.lines(system.beat, "is lost (no heartbeat)")
 
 
-@pytest.mark.proves("BUSY: a foreign script runs", "it is waited for; no worker ends, nobody is rescued")
+@pytest.mark.proves("20: a foreign script keeps Redis busy", "it is waited for; no worker ends, nobody is rescued")
 def test_a_busy_redis_is_waited_for(system: System) -> None:
     client = system.client
     client.config_set("lua-time-limit", 100)
@@ -256,7 +256,7 @@ def endless_script(client: Redis) -> None:
         client.eval("while true do end", 0)
 
 
-@pytest.mark.proves("a worker's connections slow, mute or half-open for less than a lease", "nothing lost or doubled")
+@pytest.mark.proves("19, 27, 28: a worker's connections are slow, mute or half-open for less than a lease", "nothing lost or doubled")
 def test_a_worker_whose_connections_are_slow_mute_or_half_open_goes_on(system: System) -> None:
     proxy = Proxy(system.server.port)
     remote = system.cluster.worker(
@@ -310,7 +310,7 @@ def epochs_grow(history: History) -> None:
         assert epochs == sorted(epochs), tag
 
 
-@pytest.mark.proves("FLUSHALL while tasks run", "told as CRITICAL; what runs is not doubled; all goes on")
+@pytest.mark.proves("16: FLUSHALL while tasks run", "told as CRITICAL; what runs is not doubled; all goes on")
 def test_an_emptied_redis_is_told_of_and_what_runs_is_not_doubled(
     cluster: Cluster, server: Server, history_path: Path, producer: Producer
 ) -> None:
@@ -339,7 +339,7 @@ def test_an_emptied_redis_is_told_of_and_what_runs_is_not_doubled(
     wait_until(lambda: producer.affinity.stats("jobs").idle_slots == 2, what="two free slots")
 
 
-@pytest.mark.proves("an older AOF put back while workers run", "told as CRITICAL; what it holds is done; epochs grow")
+@pytest.mark.proves("17: an older AOF is put back while workers run", "told as CRITICAL; what it holds is done; epochs grow")
 def test_an_older_redis_is_told_of_and_everything_in_it_is_done(
     cluster: Cluster, server: Server, history_path: Path, producer: Producer, tmp_path: Path
 ) -> None:

@@ -145,7 +145,7 @@ STOPS = [
 ]
 
 
-@pytest.mark.proves("stop (warm, TERM twice, cold, soft, warm then cold) on each pool", "nothing lost, order kept")
+@pytest.mark.proves("42: stop (warm, TERM twice, cold, soft, warm then cold) on each pool", "nothing lost, order kept")
 @pytest.mark.parametrize("stop", STOPS, ids=lambda stop: stop.name)
 def test_a_stop_gives_back_what_waits_and_finishes_or_gives_back_what_runs(
     site: Site, stop: Stop
@@ -200,7 +200,7 @@ def test_a_stop_gives_back_what_waits_and_finishes_or_gives_back_what_runs(
     ]
 
 
-@pytest.mark.proves("rolling restart of all workers under load, on each pool", "nothing lost or run twice, order kept")
+@pytest.mark.proves("43: rolling restart of all workers under load", "nothing lost or run twice, order kept")
 def test_a_rolling_restart_under_load_runs_everything_once_and_in_order(site: Site) -> None:
     producer = site.producer
     third = () if site.pool == "gevent" else ("w3@test",)  # it starts and stops slowly
@@ -238,7 +238,7 @@ def test_a_rolling_restart_under_load_runs_everything_once_and_in_order(site: Si
     assert history.reruns() == 0
 
 
-@pytest.mark.proves("cold stop on threads while an ordinary task runs, which Celery cannot end", "the worker leaves only when its tasks have ended")
+@pytest.mark.proves("42: cold stop on threads while an ordinary task runs, which Celery cannot end", "the worker leaves only when its tasks have ended")
 def test_a_worker_leaves_only_when_no_task_runs_in_its_threads_any_more(
     cluster: Cluster, history_path: Path
 ) -> None:

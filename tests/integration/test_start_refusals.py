@@ -146,7 +146,10 @@ def test_a_beat_without_affinity_says_what_to_add(shared_server: Server, tmp_pat
     assert "add affinity = Affinity(app" in done.stdout + done.stderr
 
 
-@pytest.mark.proves("maxmemory-policy allkeys-lru", "refused at start, with what to change")
+@pytest.mark.proves(
+    "23: Redis may evict keys",
+    "refused at start, with the setting to change",
+)
 def test_a_redis_that_may_evict_keys_is_refused(server: Server, tmp_path: Path) -> None:
     client = server.client()
     client.config_set("maxmemory", "100mb")
@@ -170,6 +173,10 @@ def test_a_redis_user_that_may_not_do_what_the_ledger_needs_is_refused(
     assert "ACL SETUSER <user> +info" in done.stdout + done.stderr
 
 
+@pytest.mark.proves(
+    "Redis without AOF",
+    "a warning at start",
+)
 def test_a_redis_without_aof_is_warned_of(
     server: Server, aof_server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -190,7 +197,7 @@ def test_a_redis_that_does_not_say_whether_it_keeps_its_data_is_told_of(
     assert record.levelname == "WARNING" and "could not be checked" in record.message
 
 
-@pytest.mark.proves("maxmemory-policy volatile-lru", "a warning at start")
+@pytest.mark.proves("23: maxmemory-policy volatile-lru", "a warning at start")
 def test_a_redis_that_may_evict_what_expires_is_warned_of(
     aof_server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:

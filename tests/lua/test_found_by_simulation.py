@@ -47,6 +47,10 @@ def registered(bench: Bench, name: str) -> bool:
     return bench.client.zscore(bench.scripts.keys.workers, name) is not None
 
 
+@pytest.mark.proves(
+    "39: Redis' clock jumps",
+    "a leader elected after it gives nobody up",
+)
 def test_a_candidate_that_is_elected_after_a_jump_of_the_clock_gives_nobody_up(bench: Bench) -> None:
     bench.lead()
     bench.node("n", timeout_ms=5000)

@@ -144,7 +144,7 @@ def benches(shared_server: Server, namespace: str) -> Iterator[Iterator[Bench]]:
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["before it", "its reply lost"])
-@pytest.mark.proves("leader killed at each of its commands", "its successor finishes; nothing lost or doubled")
+@pytest.mark.proves("7: a leader is killed at each of its commands", "its successor finishes; nothing lost or doubled")
 def test_a_leader_that_dies_at_any_command_leaves_nothing_undone(
     shared_server: Server, benches: Iterator[Bench], done: bool
 ) -> None:

@@ -211,6 +211,10 @@ WALKS = (
 )
 
 
+@pytest.mark.proves(
+    "7: crashes at random between the steps of workers and leaders",
+    "lawful histories",
+)
 @pytest.mark.parametrize("seed", range(24))
 def test_a_random_walk_with_crashes_is_lawful(bench: Bench, seed: int) -> None:
     rng = random.Random(seed)

@@ -87,7 +87,7 @@ class FullAtFirst(Scripts):
         return super()._call(name, *args, lists=lists)
 
 
-@pytest.mark.proves("memory full (noeviction)", "each script is done whole or not at all")
+@pytest.mark.proves("22: memory full (noeviction)", "each script is done whole or not at all")
 def test_while_memory_is_full_a_script_is_done_whole_or_not_at_all(any_server: Server) -> None:
     client = any_server.client()
     scripts = FullAtFirst(client, Keys("full"))
@@ -103,7 +103,7 @@ def test_while_memory_is_full_a_script_is_done_whole_or_not_at_all(any_server: S
     assert "settle" in scripts.done, "what frees memory needs no second call"
 
 
-@pytest.mark.proves("memory full of tasks", "it is worked off; nothing lost or doubled")
+@pytest.mark.proves("22: memory full of tasks", "it is worked off; nothing lost or doubled")
 def test_a_full_memory_is_worked_off(any_server: Server, caplog: pytest.LogCaptureFixture) -> None:
     client = any_server.client()
     bench = Bench(client, Scripts(client, Keys("full")))
@@ -136,7 +136,7 @@ def test_a_full_memory_is_worked_off(any_server: Server, caplog: pytest.LogCaptu
     ]  # fmt: skip
 
 
-@pytest.mark.proves("memory full, nothing to do", "leaders and candidates do not spin")
+@pytest.mark.proves("22: memory full, nothing to do", "leaders and candidates do not spin")
 def test_a_doorbell_that_is_refused_does_not_spin(server: Server) -> None:
     client = server.client()
     fill(client)
@@ -188,7 +188,7 @@ def is_there(bench: Bench, node: str) -> bool:
 
 
 @pytest.mark.parametrize("trouble", ["error", "pause"])
-@pytest.mark.proves("Redis paused, or refuses all writes", "nobody alive is rescued when it is over")
+@pytest.mark.proves("18: Redis is paused, or refuses all writes", "nobody alive is rescued when it is over")
 def test_the_time_in_which_redis_did_not_answer_is_not_held_against_anybody(
     bench: Bench, clock: Clock, trouble: str
 ) -> None:
@@ -247,7 +247,7 @@ def emptied(bench: Bench) -> None:
     "harm, says", [(older, "is an older copy of itself (settled tasks 1, before 3)"),
                    (emptied, "was emptied")],
 )  # fmt: skip
-@pytest.mark.proves("an emptied or older data set", "told as CRITICAL, once; terms and epochs grow on")
+@pytest.mark.proves("16, 17: an emptied or older data set", "told as CRITICAL, once; terms and epochs grow on")
 def test_a_ledger_that_is_not_what_it_was_is_told_of_loudly(
     bench: Bench, caplog: pytest.LogCaptureFixture, harm: Harm, says: str
 ) -> None:

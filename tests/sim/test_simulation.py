@@ -31,6 +31,10 @@ def simulated(server_binary: Path) -> Iterator[Ledger]:
         yield one
 
 
+@pytest.mark.proves(
+    "7, 28: leaders, workers and producers crash before and after each call, replies are lost, nodes freeze (simulated)",
+    "lawful histories",
+)
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_a_history_with_crashes_lost_replies_and_frozen_nodes_is_lawful(simulated: Ledger, block: int) -> None:
     simulated.load()
