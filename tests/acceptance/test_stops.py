@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from chaos.nursery import ForkedCluster
 
 import acceptance.apps.stopping  # noqa: F401  (the test's producer knows its tasks)
 from acceptance.support import LEAN, WORKER_ONLY, Producer, runs, wait_for_nodes, wait_for_run
@@ -40,9 +39,7 @@ class Site:
 
     def __init__(self, pool: str, server: Server, directory: Path, history_path: Path) -> None:
         self.pool, self.history_path = pool, history_path
-        # gevent has to patch before the imports that the nursery has done.
-        cluster: Callable[..., Cluster] = Cluster if pool == "gevent" else ForkedCluster
-        self.cluster = cluster(server.url(), directory, history_path)
+        self.cluster = Cluster(server.url(), directory, history_path)
         self.cluster.beat(APP)
         self.workers: dict[str, Node] = {}
         self.producer = Producer(server.url())
