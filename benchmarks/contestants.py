@@ -25,8 +25,9 @@ QUEUE = "bench"
 TASK = "bench.work"
 #: Tags whose set-up a process keeps, as one keeps a few tenants' connections open.
 KEPT_TAGS = 8
-#: Seconds after which a task whose tag is locked tries again.
-LOCK_RETRY_SECONDS = 0.1
+#: Seconds after which a task whose tag is locked tries again. A tenth of it lets a thousand waiting
+#: tasks of one tag do little else than try.
+LOCK_RETRY_SECONDS = 1.0
 #: Seconds after which the lock of a process that is gone ends.
 LOCK_SECONDS = 60.0
 

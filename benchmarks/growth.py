@@ -67,7 +67,7 @@ def build(server: Server, size: Size, namespace: str = "") -> tuple[ScriptedLedg
 
 
 def sample(ledger: ScriptedLedger, size: Size) -> Sample:
-    """One sample: tasks that two workers run, tasks that are admitted, a heartbeat, an idle pass."""
+    """What two workers run, what is admitted, a heartbeat, an idle pass."""
     found: Sample = {}
     run, tasks = _count(ledger, lambda: _run(ledger, size))
     found["commands"] = run.inside / tasks
@@ -183,13 +183,13 @@ def _text(found: dict[Size, list[Sample]], memory: dict[Size, float], message: i
     )
     samples = len(found[first])
     return (
-        "Of one task, by a scripted leader and scripted workers that call the real scripts one at a "
-        f"time; medians of {samples} samples of {SAMPLE} tasks, all sizes in turn. Commands are those "
-        "inside of scripts. A round trip is a script or the taking of a message. Batches of "
-        f"{BATCH}, so that leases end for the same reason at each size (with a single tag they do "
-        f"not end at all).\n\n{counts}\n\n"
-        "Lua tells no count of instructions: the time inside of scripts (commandstats) stands for it. "
-        f"The scheduler's CPU is that of admission. The message has {message} bytes.\n\n{costs}"
+        "Of one task, by a scripted leader and scripted workers that call the real scripts one at "
+        f"a time; medians of {samples} samples of {SAMPLE} tasks, all sizes in turn. Commands are "
+        "those inside of scripts. A round trip is a script or the taking of a message. Batches of "
+        f"{BATCH}, so that leases end for the same reason at each size.\n\n{counts}\n\n"
+        "Lua tells no count of instructions: the time inside of scripts (commandstats) stands for "
+        "it. The scheduler's CPU is that of admission. The message has "
+        f"{message} bytes.\n\n{costs}"
     )
 
 

@@ -73,7 +73,7 @@ def drain(server: Server, tasks: int, workers: int) -> Found:
 
 
 def steps(server: Server, tasks: int) -> Found:
-    """Microseconds inside of each script, one kind after the other, with one message of a lease out."""
+    """Microseconds inside of each script, one message of a lease out at a time."""
     with server.client() as client:
         client.flushall()
         ledger = ScriptedLedger(client)
@@ -129,7 +129,7 @@ def _text(drains: dict[int, list[Found]], parts: list[Found], tasks: int) -> str
             (
                 f"{count} x {SLOTS} slots",
                 f"**{middle(found, 'rate'):,.0f}**",
-                f"{min(one['rate'] for one in found):,.0f} - {max(one['rate'] for one in found):,.0f}",
+                " - ".join(f"{of(one['rate'] for one in found):,.0f}" for of in (min, max)),
                 f"{middle(found, 'redis_us'):.0f}",
                 f"{middle(found, 'script_us'):.0f}",
                 f"{middle(found, 'scripts'):.2f}",
@@ -151,7 +151,7 @@ def _text(drains: dict[int, list[Found]], parts: list[Found], tasks: int) -> str
 
 
 def _settled(ledger: ScriptedLedger) -> int:
-    return int(ledger.client.hget(ledger.scripts.keys.queue(QUEUE, "c"), "settled") or 0)  # type: ignore[arg-type]
+    return int(ledger.client.hget(ledger.scripts.keys.queue(QUEUE, "c"), "settled") or 0)
 
 
 def _wait(

@@ -113,10 +113,10 @@ class Nodes:
 
     def beat(self) -> None:
         """Start the scheduling beat service."""
+        app, files = ["-A", "benchmarks.contestants"], ["-s", "schedule", "--pidfile="]
         self.start(
             "beat",
-            ["-A", "benchmarks.contestants", "beat", "-S", "affinity", "-s", "schedule"]
-            + ["--pidfile="],
+            [*app, "beat", "-S", "affinity", *files],
             {"AFFINITY_ROLE": "scheduler"},
         )
 

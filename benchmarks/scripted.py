@@ -1,10 +1,11 @@
-"""The ledger without Celery: the real scripts on a real server, with messages and nodes made here."""
+"""The ledger without Celery: the real scripts, with messages and nodes made here."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from celery import Celery
 from redis import Redis
@@ -145,11 +146,11 @@ class ScriptedLedger:
 
     def fill(self, waiting: int, tags: int) -> None:
         """Admit so many messages of so many tags; nothing may run yet."""
-        batch, self._intake.BATCH = self._intake.BATCH, 2000  # type: ignore[misc]
+        batch, self._intake.BATCH = self._intake.BATCH, 2000
         for start in range(0, waiting, 50_000):
             self.publish(min(50_000, waiting - start), tags, first=start)
             self.admit()
-        self._intake.BATCH = batch  # type: ignore[misc]
+        self._intake.BATCH = batch
 
     def pass_when_idle(self) -> None:
         """What a leader does in one pass without arrivals."""
@@ -188,18 +189,18 @@ class ScriptedLedger:
     def run(self, node: str, count: int) -> int:
         """Take, start and settle messages of a node one after another; how many there were."""
         for done in range(count):
-            raw = self.client.rpop(self.list_of(node))
+            raw: Any = self.client.rpop(self.list_of(node))
             self.calls += 1
             if raw is None:
                 return done
-            self.settle(self.start(raw))  # type: ignore[arg-type]
+            self.settle(self.start(raw))
         return count
 
     def take(self, node: str) -> list[bytes]:
         """What is dispatched to a node, oldest first."""
-        found = self.client.rpop(self.list_of(node), 100_000)
+        found: Any = self.client.rpop(self.list_of(node), 100_000)
         self.calls += 1
-        return found or []  # type: ignore[return-value]
+        return found or []
 
     def start(self, raw: bytes) -> tuple[str, int, str, str, str]:
         """Start a dispatched message; what settles it."""

@@ -13,6 +13,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -27,7 +28,7 @@ WARM_UP = 20
 
 
 def _send(producer: Any, task: list[Any], queues: int) -> None:
-    options = {}
+    options: dict[str, Any] = {}
     if CONTESTANT == "hashed":
         options["queue"] = f"{QUEUE}-{crc32(task[0].encode()) % queues}"
     work.apply_async(tuple(task), producer=producer, **options)
@@ -79,7 +80,11 @@ def _wait_for(path: Path, count: int) -> None:
 
 def main() -> None:
     """Do what is ordered until stdin ends."""
-    orders = {"preload": preload, "trickle": trickle, "latency": latency}
+    orders: dict[str, Callable[..., Any]] = {
+        "preload": preload,
+        "trickle": trickle,
+        "latency": latency,
+    }
     answers = os.fdopen(os.dup(1), "w")
     with app.producer_pool.acquire() as producer:
         for line in sys.stdin:
