@@ -10,10 +10,14 @@ from __future__ import annotations
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
+from redis import Redis
+
 from benchmarks.scripted import STAMP, ScriptedLedger
-from celery_affinity.scripts import source
+from celery_affinity.keys import Keys
+from celery_affinity.scripts import Scripts, source
 
 __all__ = ("Pipeline",)
 
@@ -55,30 +59,43 @@ def encoded(*parts: bytes) -> bytes:
     return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%b\r\n" % (len(p), p) for p in parts)
 
 
-def work(pipeline: Pipeline, prefix: bytes, messages: bytes, at_once: int) -> int:
+class Recorder(Scripts):
+    """Encodes the calls of scripts, for many to be sent at once."""
+
+    def __init__(self, pipeline: Pipeline, keys: Keys) -> None:
+        super().__init__(Redis(), keys)  # which never connects
+        self._pipeline = pipeline
+        self._shas: dict[str, bytes] = {}
+        self.commands: list[bytes] = []
+
+    def _call(self, name: str, *args: object, lists: Sequence[str] = ()) -> Any:
+        if name not in self._shas:
+            self._pipeline.send([encoded(b"SCRIPT", b"LOAD", source(name).encode())])
+            self._shas[name] = self._pipeline.reply()
+        # What is not text is a number.
+        texts = [one if isinstance(one, bytes) else str(one).encode() for one in args]
+        prefix = self.keys.prefix.encode()
+        self.commands.append(encoded(b"EVALSHA", self._shas[name], b"1", prefix, *texts))
+        return 0
+
+
+def work(pipeline: Pipeline, keys: Keys, messages: bytes, at_once: int) -> int:
     """Run what is dispatched until nothing comes; how many tasks."""
-    shas = []
-    for name in ("start", "settle"):
-        pipeline.send([encoded(b"SCRIPT", b"LOAD", source(name).encode())])
-        shas.append(pipeline.reply())
-    start, settle = shas
+    scripts: Any = Recorder(pipeline, keys)  # which takes bytes, too
     take = encoded(b"RPOP", messages, str(at_once).encode())
     done, last = 0, time.monotonic()
     batch: list[bytes] = []
     while batch or time.monotonic() - last < _IDLE_SECONDS:
-        commands = []
         for raw in batch:
             found = STAMP.search(raw)
             assert found is not None
-            entry, epoch, send, inc, slot = found.groups()
+            entry, epoch, send, incarnation, slot = found.groups()
             done += 1
             token = b"41210:4711:0a1b2c3d:%d" % done
-            head = (b"EVALSHA", start, b"1", prefix, inc, slot, entry, epoch)
-            commands.append(encoded(*head, send, token, b"1000"))
-            head = (b"EVALSHA", settle, b"1", prefix, inc, slot, entry, epoch)
-            commands.append(encoded(*head, token, b"done"))
-        commands.append(take)
-        pipeline.send(commands)
+            scripts.start(incarnation, slot, entry, epoch, send, token, 1000)
+            scripts.settle(incarnation, slot, entry, epoch, token, "done")
+        pipeline.send([*scripts.commands, take])
+        scripts.commands.clear()
         for raw in batch:
             started, settled = pipeline.reply(), pipeline.reply()
             if started != 1 or settled == b"stale":
@@ -94,13 +111,10 @@ def work(pipeline: Pipeline, prefix: bytes, messages: bytes, at_once: int) -> in
 def main() -> None:
     """Register, work, print how many tasks it ran."""
     port, name, slots = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    from redis import Redis
-
     ledger = ScriptedLedger(Redis(port=port))
     messages = ledger.node(name, slots)
     pipeline = Pipeline(port)
-    prefix = ledger.scripts.keys.prefix.encode()
-    print(work(pipeline, prefix, messages.encode(), 2 * slots))
+    print(work(pipeline, ledger.scripts.keys, messages.encode(), 2 * slots))
 
 
 if __name__ == "__main__":
