@@ -19,7 +19,7 @@ from benchmarks.scripted import STAMP, ScriptedLedger
 from celery_affinity.keys import Keys
 from celery_affinity.scripts import Scripts, source
 
-__all__ = ("Pipeline",)
+__all__ = ("Pipeline", "Recorder")
 
 #: Seconds without any message after which a worker ends.
 _IDLE_SECONDS = 3.0
@@ -77,6 +77,13 @@ class Recorder(Scripts):
         prefix = self.keys.prefix.encode()
         self.commands.append(encoded(b"EVALSHA", self._shas[name], b"1", prefix, *texts))
         return 0
+
+    def flush(self) -> list[Any]:
+        """Send what was called; its answers."""
+        calls = len(self.commands)
+        self._pipeline.send(self.commands)
+        self.commands.clear()
+        return [self._pipeline.reply() for _ in range(calls)]
 
 
 def work(pipeline: Pipeline, keys: Keys, messages: bytes, at_once: int) -> int:
