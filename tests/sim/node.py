@@ -183,6 +183,8 @@ class Node(Group):
             self._doomed.setdefault(stamp.entry, ("settle", "revoked"))
         elif fate < 0.03:
             self._doomed.setdefault(stamp.entry, ("bury", "unknown task"))
+        elif self.world.chance(0.3) and any(p.job and p.job.stamp and p.job.stamp.entry == stamp.entry for p in self.procs):
+            self._doomed.setdefault(stamp.entry, ("settle", "revoked while a copy runs"))
         if stamp.entry in self._doomed:
             self.reporter.discard(stamp, *self._doomed[stamp.entry])
             self.reporter.held.ended(stamp)
@@ -325,7 +327,7 @@ class Node(Group):
             proc.job, proc.token = None, ""
             if self.alive:
                 self.events.append(("done", job, answer))
-            if gate._starts._grant and self.world.chance(0.05):
+            if gate._starts._grant and self.world.chance(0.05):  # a lease may end before it is used
                 self.world.freeze(self, self.world.rng.choice([1.0, 12.0, 25.0]))
         gate.close()
         if proc in self.procs:
