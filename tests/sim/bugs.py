@@ -36,13 +36,6 @@ class AgelessStarts(Starts):
     SHARE = float("inf")
 
 
-class YoungStarts(Starts):
-    """Takes a grant for as old as the answer that brought it."""
-
-    def settled(self, stamp: Stamp, answer: str, proposal: str, asked: float) -> str:
-        return super().settled(stamp, answer, proposal, seconds())
-
-
 class AnyLeaseStarts(Starts):
     """Uses a grant for a message of whatever lease."""
 
@@ -220,14 +213,8 @@ BUGS = {
         ),
         # Starts that a settle grants.
         Bug("grant-ageless", "a granted start is used however old it is", starts=AgelessStarts),
-        Bug("grant-repeated", "a repeated settle makes an old grant a new one", starts=YoungStarts),
         Bug("grant-any-lease", "a granted start is used for a message of another lease", starts=AnyLeaseStarts),
         Bug("grant-forgotten", "a late grant is asked for with another token", starts=ForgetfulStarts),
-        Bug(
-            "grant-while-late",
-            "a settle grants a start although the heartbeat is late",
-            {"settle": [("return due - NOW >= tonumber(ARGV[7]) and ", "return ")]},
-        ),
         Bug(
             "grant-is-nothing",
             "a drain takes back a granted entry as if it had not started",
