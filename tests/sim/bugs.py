@@ -36,15 +36,6 @@ class AgelessStarts(Starts):
     SHARE = float("inf")
 
 
-class AnyLeaseStarts(Starts):
-    """Uses a grant for a message of whatever lease."""
-
-    def begin(self, stamp: Stamp, patiently: Callable[[Any], Any]) -> tuple[int, str]:
-        if self._grant and self._grant.entry == stamp.entry:
-            self._grant.stamp = stamp
-        return super().begin(stamp, patiently)
-
-
 class ForgetfulStarts(Starts):
     """Forgets the token of a grant that is too old to be used."""
 
@@ -213,7 +204,6 @@ BUGS = {
         ),
         # Starts that a settle grants.
         Bug("grant-ageless", "a granted start is used however old it is", starts=AgelessStarts),
-        Bug("grant-any-lease", "a granted start is used for a message of another lease", starts=AnyLeaseStarts),
         Bug("grant-forgotten", "a late grant is asked for with another token", starts=ForgetfulStarts),
         Bug(
             "grant-is-nothing",
