@@ -5,6 +5,7 @@ after the result is stored and the last hook has returned.
 
     message -> start? --refused--> nothing at all happens
                   `--accepted--> tag_acquired (first of a lease) -> tracer -> settle
+                  (or granted by the settle before: starts.py)                   |
                                                     tag_released (last of a lease) <-'
 
 Crash windows:
@@ -46,6 +47,7 @@ from celery_affinity.context import AffinityContext
 from celery_affinity.events import tag_acquired, tag_released
 from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp, tag_text
 from celery_affinity.scripts import Scripts
+from celery_affinity.starts import Starts
 from celery_affinity.watchdog import seconds
 
 __all__ = ("REFUSED", "Gate", "Run", "Tracer", "current_run")
@@ -57,9 +59,6 @@ REFUSED = "celery_affinity: refused copy"
 
 #: The end of a failed task's traceback that its dead letter keeps.
 TRACEBACK_CHARACTERS = 8000
-
-#: What start.lua answers while the worker's heartbeat is late: its lease may soon be over.
-HEARTBEAT_LATE = -5
 
 Tracer = Callable[..., Any]
 
@@ -118,7 +117,6 @@ class Gate:
         self._succeeded = succeeded
         self._began: dict[str, float] = {}
         self._inside: set[object] = set()
-        self._trust_seconds = trust_seconds
         self._scripts = connect()
         self._refusal = refusal
         self._queue_names = dict(queue_names)
@@ -132,6 +130,7 @@ class Gate:
         self._announced = True
         self._numbers = count(1)
         self._process = f"{os.getpid()}:{_started_at()}:{uuid4().hex[:8]}"
+        self._starts = Starts(self._scripts, self._token, trust_seconds, granted=slot is not None)
         self._reachability = Reachability(logger, f"tasks of process {os.getpid()}")
 
     def began(self) -> list[float]:
@@ -163,6 +162,7 @@ class Gate:
 
     def close(self) -> None:
         """This process stops: its tags are released for its receivers."""
+        self._starts.decline(self._briefly)
         for slot in list(self._held):
             self._release(slot, "drained")
 
@@ -189,6 +189,7 @@ class Gate:
             return tracer(uuid, args, kwargs, request)
         token = self._token()
         self._announce()
+        self._starts.decline(self._briefly)
         self._briefly(lambda: self._scripts.occupy(self._incarnation, self._slot, token))
         try:
             return tracer(uuid, args, kwargs, request)
@@ -199,9 +200,8 @@ class Gate:
     def _dispatched_task(
         self, stamp: Stamp, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Any
     ) -> Any:
-        run = Run(stamp, uuid, request.get("retries") or 0, self._token())
         self._announce()
-        answer = self._start(stamp, run.token)
+        answer, token = self._starts.begin(stamp, self._patiently)
         if answer != 1:
             logger.debug(
                 "Refused a copy of task %s (%s).",
@@ -210,6 +210,7 @@ class Gate:
                 extra={"action": "refuse", "task_id": uuid, "code": answer},
             )
             return self._refusal(REFUSED)
+        run = Run(stamp, uuid, request.get("retries") or 0, token)
         tag = tag_text(request.get(TAG_HEADER))
         queue = self._queue_names.get(stamp.state, stamp.state)
         self._acquire(stamp, queue, tag)
@@ -261,25 +262,6 @@ class Gate:
                 self._settle(run, queue, tag, outcome, failure)
             context.leave(here)
 
-    def _start(self, stamp: Stamp, token: str) -> int:
-        while True:
-            asked = seconds()
-            answer: int = self._patiently(
-                lambda: self._scripts.start(
-                    stamp.incarnation,
-                    stamp.slot,
-                    stamp.entry,
-                    stamp.epoch,
-                    stamp.send,
-                    token,
-                    int(self._trust_seconds * 1000),
-                )
-            )
-            if answer == HEARTBEAT_LATE:
-                time.sleep(0.05)
-            elif answer != 1 or seconds() - asked < self._trust_seconds:
-                return answer
-
     def _process_stops(self, stamp: Stamp, told: bool) -> None:
         """The task did not end, it was stopped: its request reports what becomes of it. Without
         processes it learns of a timeout only (told), and there is nobody else to do so.
@@ -302,6 +284,8 @@ class Gate:
             for message, eta in run.retry_messages
             for part in (message, "" if eta is None else eta)
         ]
+        proposal = "" if failure or retries else self._starts.proposal()
+        asked = seconds()
         answer = self._patiently(
             lambda: self._scripts.settle(
                 stamp.incarnation,
@@ -312,8 +296,11 @@ class Gate:
                 outcome,
                 *failure,
                 *retries,
+                grant=proposal,
+                least_ms=self._starts.least_ms,
             )
         )
+        answer = self._starts.settled(stamp, answer, proposal, asked)
         if answer == "stale":
             logger.warning(
                 "Task %s ended after its lease on tag %r was taken away; it runs again elsewhere.",

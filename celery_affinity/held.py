@@ -105,6 +105,16 @@ class Held:
         """Slots whose process works on something."""
         return {self._requests[h][0].slot for h in list(self._accepted) if h in self._requests}
 
+    def copies(self, stamp: Stamp) -> int:
+        """How many messages of its entry and lease are here, or may be."""
+        entry = stamp.held.rsplit(":", 1)[0] + ":"
+        return sum(
+            len(copies)
+            for found in (self._copies, self._flushed)
+            for held, copies in list(found.items())
+            if held.startswith(entry)
+        )
+
     def other_request(self, task_id: str, request: Any) -> Any:
         """Another live request with the same task id, or None."""
         for _, other in list(self._requests.values()):

@@ -146,9 +146,17 @@ class Reporter:
 
         False if it was requeued (unknown), or had been started before (bury).
         """
+        alone = self.held.copies(stamp) <= 1
         answer = self._tell(
             lambda: self._scripts.discard(
-                stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.send, verdict, reason
+                stamp.incarnation,
+                stamp.slot,
+                stamp.entry,
+                stamp.epoch,
+                stamp.send,
+                verdict,
+                reason,
+                alone,
             )
         )
         # Untold, or no longer this node's: the ledger has it still, and it comes again somewhere.

@@ -367,9 +367,9 @@ def strategy_for(
         try:
             receive(message, stamp)
         except Exception as error:
-            ends.held.ended(stamp)
             reason = f"{type(error).__name__}: {error}"[:1000]
             ends.discard(stamp, "bury", reason)
+            ends.held.ended(stamp)
             logger.exception(
                 "Buried a message that is not a usable task: %s",
                 reason,

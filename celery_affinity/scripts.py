@@ -371,9 +371,20 @@ class Scripts:
         token: str,
         outcome: str,
         *rest: object,
+        grant: str = "",
+        least_ms: int = 0,
     ) -> str:
-        """End a started task; see settle.lua."""
-        return _text(self._call("settle", incarnation, slot, entry, epoch, token, outcome, *rest))
+        """End a started task; see settle.lua.
+
+        Arguments:
+            grant: A start token for the next entry, if that has its lease for `least_ms` at least.
+        """
+        fence = incarnation, slot, entry, epoch, token
+        return _text(self._call("settle", *fence, grant, least_ms, outcome, *rest))
+
+    def decline(self, incarnation: str, slot: int, entry: str, epoch: str, token: str) -> bool:
+        """Give back a start that was granted and not used."""
+        return bool(self._call("decline", incarnation, slot, entry, epoch, token))
 
     def discard(
         self,
@@ -384,9 +395,13 @@ class Scripts:
         send: str,
         verdict: str,
         reason: str = "",
+        alone: bool = False,
     ) -> int:
         """End a dispatched message that was never started; see discard.lua."""
-        return int(self._call("discard", incarnation, slot, entry, epoch, send, verdict, reason))
+        copies = "alone" if alone else ""
+        return int(
+            self._call("discard", incarnation, slot, entry, epoch, send, copies, verdict, reason)
+        )
 
     def lost(self, incarnation: str, slot: int, entry: str, epoch: str, state: str) -> str:
         """What becomes of a task whose process is gone: settled, requeued or buried."""

@@ -16,6 +16,7 @@ from celery_affinity import (
     reporter,
     rescuer,
     scheduler,
+    starts,
     watchdog,
 )
 
@@ -176,7 +177,7 @@ def installed(world: World) -> Iterator[None]:
     pipes = Pipes(world)
     patches: list[tuple[Any, str, Any]] = [
         (module, "time", Time(world))
-        for module in (burials, evacuation, gate, leadership, reporter, rescuer, scheduler, watchdog)
+        for module in (burials, evacuation, gate, leadership, reporter, rescuer, scheduler, starts, watchdog)
     ]
     patches += [(reporter, "os", pipes), (reporter, "select", pipes)]
     threads = SimpleNamespace(

@@ -3,6 +3,10 @@
 local FIELDS = {'q', 'tag', 'epoch', 'n', 'cn', 'x', 't', 'miss', 'fin',
   'e1', 's1', 'p1', 'k1', 'e2', 's2', 'p2', 'o', 'lt', 'lr'}
 
+-- Whether a settle has granted this start: its process knows of it, but may not have begun with it. Such
+-- a token ends in "?". Whatever it is not safe to take for unstarted takes it for started.
+local function is_granted(o) return o.token and string.sub(o.token, -1) == '?' end
+
 -- The lease of a slot, or nil if the slot has none.
 local function load_lease(inc, i)
   local v = redis.call('HMGET', slot_key(inc, i), unpack(FIELDS))
@@ -17,6 +21,12 @@ end
 local function save_lease(l)
   local key = slot_key(l.inc, l.i)
   local set = {'n', l.n, 'x', l.x, 't', text(l.t), 'miss', l.miss}
+  if l.last_token then
+    for name, v in pairs({lt = l.last_token, lr = l.last_answer}) do
+      set[#set + 1] = name
+      set[#set + 1] = v
+    end
+  end
   local gone = {}
   for k = 1, 2 do
     local o = l.out[k]
