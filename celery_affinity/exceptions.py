@@ -17,9 +17,12 @@ from click import ClickException
 
 __all__ = (
     "AffinityError",
+    "AmbiguousQueueError",
     "BuriedError",
     "ConfigurationError",
     "MissingTagError",
+    "NoSuchWorkerError",
+    "OperationError",
     "OwnTagWaitError",
     "SchemaVersionError",
     "TagError",
@@ -52,6 +55,29 @@ class UndeclaredQueueError(ConfigurationError):
                 f"AffinityQueue({queue!r}), ...]) or give the task one of the declared queues."
             )
         super().__init__(text)
+
+
+class AmbiguousQueueError(ConfigurationError):
+    """Several queues are declared (or none), and none was named."""
+
+    def __init__(self, declared: list[str]) -> None:
+        names = ", ".join(repr(name) for name in declared) or "none"
+        super().__init__(f"which affinity queue is not said (declared: {names}): name it (--queue)")
+
+
+class OperationError(AffinityError, ClickException):
+    """An operator asked for what cannot be done now."""
+
+
+class NoSuchWorkerError(OperationError):
+    """A worker's name fits none that is registered, or several."""
+
+    def __init__(self, name: str, workers: list[tuple[str, str]]) -> None:
+        known = ", ".join(f"{node!r} ({incarnation})" for node, incarnation in workers) or "none"
+        super().__init__(
+            f"{name!r} names no single worker (candidates: {known}): give a node's whole name, or "
+            "the id in brackets"
+        )
 
 
 class SchemaVersionError(ConfigurationError):

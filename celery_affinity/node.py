@@ -18,6 +18,7 @@ from celery_affinity.delivery import Delivery
 from celery_affinity.gate import Gate
 from celery_affinity.keys import Keys
 from celery_affinity.namesake import Namesake
+from celery_affinity.pulse import Pulse
 from celery_affinity.reporter import Reporter
 from celery_affinity.request import requeue_unknown_tasks, strategy_for
 from celery_affinity.scripts import Scripts
@@ -74,6 +75,7 @@ class Node:
         internals.settle_own_retries(self.app, pending.get, self._runs_alone)
         self._lifeline = Lifeline()
         self._namesake = Namesake(self.name, self.incarnation)
+        self._pulse = Pulse(settings.namespace, self.name)
         looks = [self._namesake.look]
         if settings.role == "worker":
             names = {queue.state: queue.name for queue in serves}
@@ -85,6 +87,7 @@ class Node:
             settings.heartbeat_interval,
             self._lifeline,
             looks,
+            self._pulse.beat,
         )
         self._started = False
         self._slots = 0
@@ -199,6 +202,7 @@ class Node:
             self.reporter.reconnected()
         else:
             self._started = True
+            self._pulse.begin()
             internals.native_thread(self.reporter.run, "affinity-heartbeat")
         logger.info(
             "Serving %s with %d slots as %s.",
@@ -207,6 +211,11 @@ class Node:
             self.incarnation,
             extra={"action": "serve", "incarnation": self.incarnation},
         )
+
+    def leave(self) -> None:
+        """The pool has stopped: this incarnation is no more."""
+        self.reporter.leave()
+        self._pulse.end()
 
     # In the parent, when what it serves changes (remote control)
 
