@@ -3,7 +3,10 @@
 AffinityError
     ConfigurationError      settings, Redis or queues that the system cannot run with
         UndeclaredQueueError    a task names a queue that no AffinityQueue declares
+        AmbiguousQueueError     several queues are declared, and none was named
         SchemaVersionError      the ledger was written by an incompatible version
+    OperationError          an operator asked for what cannot be done now
+        NoSuchWorkerError       a name fits no registered worker, or several
     TagError                a task without a usable tag (also a ValueError)
         MissingTagError         a task without any
     BuriedError             the result of a task that went to the dead letters

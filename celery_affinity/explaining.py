@@ -72,6 +72,7 @@ class Explainer:
             wait_seconds=place / rate if place and rate else None,
             last_slot=self._last_slot(found["warm"]),
             obstacles=tuple(self._obstacles(tag, found, conf, holds)),
+            pending=sum(found[name] for name in found if name.startswith("pending ")),
         )
 
     def _look(self, tag: str) -> dict[str, Any]:
@@ -89,6 +90,10 @@ class Explainer:
             "waiting": ("LLEN", self._keys.backlog(state, tag)),
             "first": ("LINDEX", self._keys.backlog(state, tag), "0"),
             "hold": ("ZSCORE", key(state, "hold"), tag),
+            **{
+                f"pending {key}": ("LLEN", key)
+                for key in self._delivery.pending_lists(self._queue.pending)
+            },
             **{
                 name: ("HGET", key(state, where), tag)
                 for name, where in {

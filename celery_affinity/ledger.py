@@ -180,12 +180,19 @@ class Ledger:
         """Tags that hold slots, then those that wait, in the ring's order, then those that are
         halted; at most `limit`, from the one behind the first `skip` on.
         """
-        key, last = self._keys.queue, skip + limit
-        held = self._first(key(queue.state, "held"), last)
-        # A tag in the ring may hold slots too: it is listed once.
-        ring = self._client.zrange(key(queue.state, "ring"), 0, max(0, last - 1))
-        halted = self._first(key(queue.state, "halted"), last)
-        return self._records(queue, list(dict.fromkeys([*held, *ring, *halted]))[skip:last])
+        key = self._keys.queue
+        held = [tag for tag, _ in self._client.hscan_iter(key(queue.state, "held"), count=PAGE)]
+        ready = self._client.zcard(key(queue.state, "ring"))
+        found = held[skip : skip + limit]
+        at = max(0, skip - len(held))
+        if len(found) < limit:
+            ring = self._client.zrange(key(queue.state, "ring"), at, at + limit - len(found) - 1)
+            found += [tag for tag in ring if tag not in held]  # it may be in both
+        if len(found) < limit:
+            at = max(0, at - ready)
+            halted = self._first(key(queue.state, "halted"), at + limit)
+            found += [tag for tag in halted if tag not in held][at:]
+        return self._records(queue, found[:limit])
 
     def longest(self, queue: AffinityQueue, limit: int) -> list[TagRecord]:
         """The tags with the most entries waiting: exact for those with 32 and more, if no more

@@ -224,6 +224,8 @@ class TagExplanation:
     last_slot: str
     #: What keeps it from running, a sentence each, with what to do.
     obstacles: tuple[str, ...]
+    #: Messages in the pending queue, whatever their tags: the ledger does not know them yet.
+    pending: int
 
     @property
     def known(self) -> bool:

@@ -9,7 +9,7 @@ import click
 
 from celery_affinity.cli.group import affinity, bound, json_option, queue_option
 from celery_affinity.cli.rendering import print_json, print_table, shown
-from celery_affinity.cli.wording import tag_words, task_words
+from celery_affinity.cli.wording import nothing_words, tag_words, task_words
 from celery_affinity.types import ChangeRecord, QueueStats, TagRecord, WorkerRecord
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def explain(
 ) -> None:
     """Say where a tag or a task stands, and what it waits for. Exit code 1: it is not known."""
     here = bound(context)
+    tag = None
     if not is_task:
         tag = here.explain(tag_or_task_id, queue)
         if tag.known:
@@ -130,9 +131,8 @@ def explain(
     unknown = task.state == "unknown"
     if as_json:
         print_json(task)
-    elif unknown and not is_task:
-        text = f"{shown(tag_or_task_id)}: no tag and no task of that name in {task.queue!r}"
-        click.echo(f"{text}: it has ended, or was never sent there")
+    elif unknown and tag is not None:
+        click.echo(nothing_words(tag))
     else:
         click.echo("\n".join(task_words(task)))
     context.exit(1 if unknown else 0)

@@ -24,33 +24,42 @@ worker_argument = click.argument("worker", shell_complete=worker_names)
 @affinity.command()
 @click.argument("tag", required=False)
 @queue_option
+@json_option
 @click.pass_context
-def pause(context: click.Context, tag: str | None, queue: str | None) -> None:
+def pause(context: click.Context, tag: str | None, queue: str | None, as_json: bool) -> None:
     """Give TAG, or all of --queue, no slot until it is resumed. What runs ends."""
     here = bound(context)
     _one_of(tag, queue)
     name = here.queue_named(queue).name
     here.pause(name, tag)
-    if tag is None:
-        click.echo(f"{name!r} is paused: it takes messages in and dispatches nothing.")
-    else:
-        click.echo(f"{shown(tag)} is paused in {name!r}; what runs ends.")
+    text = f"{name!r} is paused: it takes messages in and dispatches nothing."
+    if tag is not None:
+        text = f"{shown(tag)} is paused in {name!r}; what runs ends."
+    _done(as_json, text, queue=name, tag=tag, paused=True)
 
 
 @affinity.command()
 @click.argument("tag", required=False)
 @queue_option
+@json_option
 @click.pass_context
-def resume(context: click.Context, tag: str | None, queue: str | None) -> None:
+def resume(context: click.Context, tag: str | None, queue: str | None, as_json: bool) -> None:
     """Let a paused or halted TAG go on, or a paused or evacuated --queue."""
     here = bound(context)
     _one_of(tag, queue)
     name = here.queue_named(queue).name
     here.resume(name, tag)
-    if tag is None:
-        click.echo(f"{name!r} takes messages in and dispatches again.")
+    text = f"{name!r} takes messages in and dispatches again."
+    if tag is not None:
+        text = f"{shown(tag)} goes on in {name!r}."
+    _done(as_json, text, queue=name, tag=tag, paused=False)
+
+
+def _done(as_json: bool, text: str, **record: object) -> None:
+    if as_json:
+        print_json(record)
     else:
-        click.echo(f"{shown(tag)} goes on in {name!r}.")
+        click.echo(text)
 
 
 def _one_of(tag: str | None, queue: str | None) -> None:
@@ -60,23 +69,28 @@ def _one_of(tag: str | None, queue: str | None) -> None:
 
 @affinity.command()
 @worker_argument
+@json_option
 @click.pass_context
-def drain(context: click.Context, worker: str) -> None:
+def drain(context: click.Context, worker: str, as_json: bool) -> None:
     """Give WORKER no more affinity tasks. What runs there ends; only a restart undoes it."""
     back = bound(context).drain(worker)
-    click.echo(f"{worker} takes no more; {back} tasks that had not started went back.")
+    text = f"{worker} takes no more; {back} tasks that had not started went back."
+    _done(as_json, text, worker=worker, given_back=back)
 
 
 @affinity.command()
 @click.argument("tag")
 @click.option("--to", "worker", required=True, help="A worker's name.", shell_complete=worker_names)
 @queue_option
+@json_option
 @click.pass_context
-def move(context: click.Context, tag: str, worker: str, queue: str | None) -> None:
+def move(context: click.Context, tag: str, worker: str, queue: str | None, as_json: bool) -> None:
     """Have TAG's next lease be WORKER's, after its running task."""
     here = bound(context)
-    here.move(here.queue_named(queue).name, tag, worker)
-    click.echo(f"{shown(tag)} goes to {worker}, as soon as what runs has ended and a slot is free.")
+    name = here.queue_named(queue).name
+    here.move(name, tag, worker)
+    text = f"{shown(tag)} goes to {worker}, as soon as what runs has ended and a slot is free."
+    _done(as_json, text, queue=name, tag=tag, worker=worker)
 
 
 @affinity.command()
@@ -84,9 +98,15 @@ def move(context: click.Context, tag: str, worker: str, queue: str | None) -> No
 @click.option("--concurrency", type=click.IntRange(1, 1_000_000), help="Tasks at once.")
 @click.option("--declared", is_flag=True, help="Back to what the settings say.")
 @queue_option
+@json_option
 @click.pass_context
 def limit(
-    context: click.Context, tag: str, concurrency: int | None, declared: bool, queue: str | None
+    context: click.Context,
+    tag: str,
+    concurrency: int | None,
+    declared: bool,
+    queue: str | None,
+    as_json: bool,
 ) -> None:
     """Set how many tasks of TAG may run at once, until it is taken back with --declared."""
     if (concurrency is None) != declared:
@@ -95,7 +115,8 @@ def limit(
     name = here.queue_named(queue).name
     here.limit(name, tag, concurrency)
     what = "as many as declared" if concurrency is None else f"at most {concurrency}"
-    click.echo(f"Of {shown(tag)} {what} run at once in {name!r}.")
+    text = f"Of {shown(tag)} {what} run at once in {name!r}."
+    _done(as_json, text, queue=name, tag=tag, concurrency=concurrency)
 
 
 @affinity.command()
@@ -110,9 +131,7 @@ def purge(context: click.Context, tag: str, queue: str | None, yes: bool, as_jso
     name = here.queue_named(queue).name
     ask(f"Delete what waits of {shown(tag)} in {name!r} for good?", yes)
     deleted = here.purge(name, tag)
-    if as_json:
-        return print_json({"deleted": deleted})
-    click.echo(f"{deleted} tasks of {shown(tag)} deleted.")
+    _done(as_json, f"{deleted} tasks of {shown(tag)} deleted.", deleted=deleted)
 
 
 @affinity.command()
@@ -127,9 +146,7 @@ def revoke(context: click.Context, tag: str, queue: str | None, yes: bool, as_js
     name = here.queue_named(queue).name
     ask(f"Revoke all tasks of {shown(tag)} that wait in {name!r}?", yes)
     count = here.revoke_tag(name, tag)
-    if as_json:
-        return print_json({"revoked": count})
-    click.echo(f"{count} tasks of {shown(tag)} are revoked.")
+    _done(as_json, f"{count} tasks of {shown(tag)} are revoked.", revoked=count)
 
 
 @affinity.command()

@@ -7,16 +7,13 @@ from collections.abc import Iterator
 from celery_affinity.cli.rendering import duration, shown
 from celery_affinity.types import HoldRecord, TagExplanation, TaskExplanation
 
-__all__ = ("tag_words", "task_words")
+__all__ = ("nothing_words", "tag_words", "task_words")
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 
 
 def tag_words(tag: TagExplanation) -> Iterator[str]:
     """A tag's explanation, a line each."""
-    if not tag.known:
-        yield f"{shown(tag.tag)}: nothing waits or runs in {tag.queue!r}"
-        return
     for hold in tag.holds:
         yield f"holds: {_hold(hold)}"
     if not tag.holds:
@@ -32,6 +29,14 @@ def tag_words(tag: TagExplanation) -> Iterator[str]:
         yield f"turn: {_nth(tag.place)} in the ring of {tag.ready_tags}{about}"
     for obstacle in tag.obstacles:
         yield f"why: {shown(obstacle, 200)}"
+
+
+def nothing_words(tag: TagExplanation) -> str:
+    """What is said where the ledger has neither a tag nor a task of that name."""
+    text = f"{shown(tag.tag)}: no tag and no task of that name in {tag.queue!r}"
+    if tag.pending:
+        return f"{text}; {tag.pending} messages of its pending queue are not taken in yet"
+    return f"{text}: it has ended, or was never sent there"
 
 
 def _hold(hold: HoldRecord) -> str:

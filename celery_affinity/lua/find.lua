@@ -6,7 +6,10 @@
 -- @include base
 local id, cursor, count = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local plain, dense = '"id": "' .. id .. '"', '"id":"' .. id .. '"'
-local function has(raw) return string.find(raw, plain, 1, true) or string.find(raw, dense, 1, true) end
+local function has(raw)
+  local at = string.find(raw, id, 1, true)
+  return at and (string.find(raw, plain, 1, true) or string.find(raw, dense, 1, true))
+end
 if redis.call('TYPE', KEYS[2]).ok ~= 'list' then
   local page = redis.call('HSCAN', KEYS[2], cursor, 'COUNT', count)
   for k = 1, #page[2], 2 do

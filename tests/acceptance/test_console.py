@@ -205,7 +205,8 @@ def test_a_paused_tag_says_by_whom_and_goes_on_where_it_was(console: Console) ->
         f"paused by {change.who}; `celery affinity resume paused --queue jobs`",
     )
     assert any("1 tags are paused or halted" in line for line in console.run("status").splitlines())
-    console.run("resume", "paused")
+    said = json.loads(console.run("resume", "paused", "--json"))
+    assert said == {"queue": "jobs", "tag": "paused", "paused": False}
     assert [result.get(timeout=10) for result in results] == [0, 1, 2]
     TypeAdapter(list[ChangeRecord]).validate_python(console.affinity.changes())
 

@@ -307,14 +307,14 @@ def test_a_moved_tag_waits_for_a_busy_worker_and_keeps_nobody_from_other_slots(
     bench.client.hset(bench.queue_key("warm"), "a", f"{other.name}:0")
     bench.send("a", 1)
     operator.move("q", "a", holder.name, 60)
-    for tag in "abcd":
+    for tag in "abcde":
         bench.send(tag, 2)
     bench.admit_all()
     for tag in "bc":
         copy = other.take()
         assert (copy.id, copy.run()) == (f"{tag}-2", "empty")
     busy.settle()
-    assert holder.take().id == "a-1", "it has kept its place before d"
+    assert holder.take().id == "a-1", "it has kept its place before e"
 
 
 def test_a_move_to_a_worker_that_stops_is_forgotten(bench: Bench, operator: OperatorScripts) -> None:
