@@ -137,7 +137,8 @@ class Operations(Bound):
         """Revoke all tasks that a tag has waiting. Returns how many.
 
         Each ends as REVOKED when its turn comes, as quickly as workers can say so. What runs is
-        left alone, but not retried. Tasks that come later run.
+        left alone, but not retried. Tasks that come later run. It is remembered for 7 days, and not
+        over an evacuation.
 
         Raises:
             OperationError: If 1,000 tags are being revoked.

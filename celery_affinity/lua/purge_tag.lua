@@ -32,13 +32,15 @@ for k = 6, #ARGV do
     deleted = deleted + 1
   end
 end
-if deleted > 0 then count(q, 'purged', deleted) end
+if deleted > 0 then
+  count(q, 'purged', deleted)
+  redis.call('HDEL', queue_key(q, 'later'), tag)
+end
 if redis.call('EXISTS', backlog) == 0 then
   redis.call('ZREM', queue_key(q, 'ring'), tag)
   redis.call('ZREM', queue_key(q, 'big'), tag)
   redis.call('HDEL', queue_key(q, 'since'), tag)
   redis.call('HDEL', queue_key(q, 'needs'), tag)
-  redis.call('HDEL', queue_key(q, 'later'), tag)
   if not is_halted(q, tag) then redis.call('ZREM', queue_key(q, 'hold'), tag) end
 elseif deleted > 0 and not is_halted(q, tag) and redis.call('ZREM', queue_key(q, 'hold'), tag) == 1 then
   awaken(q, tag)  -- the retry that it waited for is gone

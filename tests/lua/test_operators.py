@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
+from celery import Celery
 
-from celery_affinity import steering
+from celery_affinity import Affinity, AffinityQueue, steering
+from celery_affinity.embedded import Server
 from celery_affinity.operator_scripts import OperatorScripts
 from harness import wait_until
 
@@ -519,3 +522,88 @@ def test_an_unused_operators_console_costs_the_ways_of_a_task_nothing(
 
 def _calls(bench: Bench) -> int:
     return sum(stat["calls"] for stat in bench.client.info("commandstats").values())
+
+
+def test_a_page_of_a_pause_that_comes_after_the_resume_does_not_pause_again(
+    bench: Bench, operator: OperatorScripts
+) -> None:
+    bench.lead()
+    operator.pause("q")
+    bench.scripts.resume("q")
+    assert operator._call("pause", "q", "17") == [b"0", 0]
+    assert "paused" not in conf(bench)
+
+
+# What is read
+
+
+@pytest.fixture
+def app(bench: Bench, shared_server: Server, namespace: str) -> Affinity:
+    app = Celery("reads", broker=shared_server.url(), set_as_current=False)
+    return Affinity(app, queues=[AffinityQueue("q")], namespace=namespace)
+
+
+def test_pages_of_tags_follow_each_other_without_gap_or_repeat(
+    bench: Bench, operator: OperatorScripts, app: Affinity
+) -> None:
+    bench.lead()
+    bench.node("n", slots=3)
+    for number in range(20):
+        bench.send(f"t{number}", 1)
+    bench.admit_all()
+    for number in (17, 18, 19):
+        operator.pause_tag("q", f"t{number}")
+    pages = [app.tags("q", 4, skip=skip) for skip in range(0, 24, 4)]
+    found = [record for page in pages for record in page]
+    assert [record.tag for record in found[:17]] == [
+        *sorted(record.tag for record in found[:3]), *[f"t{n}" for n in range(3, 17)]
+    ]  # fmt: skip
+    assert sorted(record.tag for record in found) == sorted(f"t{n}" for n in range(20))
+    assert [bool(record.slots) for record in found[:4]] == [True, True, True, False]
+    assert [record.place for record in found[3:6]] == [1, 2, 3]
+    assert {record.halted for record in found[-3:]} == {("pause",)}
+    assert pages[-1] == []
+
+
+def test_the_longest_backlogs_are_found_among_many_short_ones(bench: Bench, app: Affinity) -> None:
+    bench.lead()
+    for number in range(50):
+        bench.send(f"short-{number}", 1)
+    bench.send("long", *range(33))
+    bench.send("longest", *range(70))
+    bench.admit_all()
+    found = app.top_tags("q", 3)
+    assert [(r.tag, r.waiting) for r in found[:2]] == [("longest", 70), ("long", 33)]
+    assert len(found) == 3
+    node = bench.node("n")
+    while len(bench.backlog("longest")) > 20:
+        node.take().run()
+    top = {record.tag: record.waiting for record in app.top_tags("q", 3)}
+    assert top["longest"] == len(bench.backlog("longest")), "lengths are those of now"
+
+
+def test_an_explanation_names_what_a_tag_waits_for(
+    bench: Bench, operator: OperatorScripts, app: Affinity
+) -> None:
+    bench.send("a", 1, 2)
+    bench.lead(ordered=600_000)
+    bench.admit_all()
+    assert app.explain("a").obstacles == ("no worker is registered; start one",)
+    node = bench.node("n")
+    copy = node.take()
+    (hold,) = app.explain("a").holds
+    assert (hold.worker, hold.slot, hold.task_id, hold.running_seconds) == ("n@test", 0, "a-1", None)
+    copy.start()
+    (hold,) = app.explain("a").holds
+    assert (hold.entry, hold.running_seconds is not None) == (1, True)
+    copy.settle("done", bench.retry_of(copy), bench.now_ms() + 500_000)
+    (retry,) = app.explain("a").obstacles
+    assert re.fullmatch(r"waits for the retry at its head, due in (500.0|49\d.\d) s", retry)
+    assert app.explain("a").last_slot == "n@test slot 0"
+    operator.pause("q")
+    assert app.explain("a").obstacles[0] == "queue paused; `celery affinity resume --queue q`"
+    operator.revoke_tag("q", "a")
+    assert any("revoked" in text for text in app.explain("a").obstacles)
+    bench.scripts.resign("q", bench.fence)
+    assert any("nobody schedules" in text for text in app.explain("a").obstacles)
+    assert not app.explain("unknown").known
