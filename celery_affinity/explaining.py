@@ -165,12 +165,6 @@ class Explainer:
                 told.append(
                     f"{kind}ed by its failed task, dead letter {entry} (on_failure); {ends}"
                 )
-        if conf["paused"]:
-            told.append(
-                f"queue paused{self._by('pause', '')}; `celery affinity resume --queue {name}`"
-            )
-        if conf["evac"]:
-            told.append(f"queue evacuated; `celery affinity resume --queue {name}`")
         hold = found["hold"]
         if hold is not None and float(hold) != float("inf"):
             told.append(f"waits for the retry at its head, due in {_left(hold, found):.1f} s")
@@ -180,6 +174,12 @@ class Explainer:
             told.append(f"waits for a worker that knows the task {_text(found['needs'])!r}")
         if not (found["waiting"] or holds):
             return told
+        if conf["paused"]:
+            told.append(
+                f"queue paused{self._by('pause', '')}; `celery affinity resume --queue {name}`"
+            )
+        if conf["evac"]:
+            told.append(f"queue evacuated; `celery affinity resume --queue {name}`")
         if found["gone"] is not None:
             told.append("what it had is revoked; each task ends as REVOKED when its turn comes")
         if not found["workers"]:
