@@ -57,9 +57,9 @@ class Explainer:
         conf = dict(zip(CONF, found["conf"], strict=True))
         pace = [_text(sample) for sample in found["pace"]]
         place = None if found["rank"] is None else int(found["rank"]) + 1
-        rate = pace_of(pace)[0]
+        rate = pace_of(pace, now)[0]
         concurrency = int(found["limit"] or 0) if conf["mapped"] == b"1" else 0
-        holds = self._holds(_text(found["held"]).split(), conf, now)
+        holds = self._holds(tag, _text(found["held"]).split(), conf, now)
         return TagExplanation(
             queue=self._queue.name,
             tag=tag,
@@ -91,8 +91,8 @@ class Explainer:
             "first": ("LINDEX", self._keys.backlog(state, tag), "0"),
             "hold": ("ZSCORE", key(state, "hold"), tag),
             **{
-                f"pending {key}": ("LLEN", key)
-                for key in self._delivery.pending_lists(self._queue.pending)
+                f"pending {name}": ("LLEN", name)
+                for name in self._delivery.pending_lists(self._queue.pending)
             },
             **{
                 name: ("HGET", key(state, where), tag)
@@ -110,23 +110,31 @@ class Explainer:
         found["now"] = int(seconds) * 1000 + int(micros) // 1000
         return found
 
-    def _holds(self, slots: Sequence[str], conf: dict[str, Any], now: int) -> list[HoldRecord]:
+    def _holds(
+        self, tag: str, slots: Sequence[str], conf: dict[str, Any], now: int
+    ) -> list[HoldRecord]:
         with self._client.pipeline(transaction=False) as pipe:
             for slot in slots:
                 incarnation, _, index = slot.partition(":")
                 pipe.hget(self._keys.worker(incarnation, "info"), "name")
                 pipe.hmget(
-                    self._keys.slot(incarnation, int(index)), "epoch", "n", "e1", "k1", "began"
+                    self._keys.slot(incarnation, int(index)),
+                    "tag",
+                    "epoch",
+                    "n",
+                    "e1",
+                    "k1",
+                    "began",
                 )
             found = pipe.execute()
-        entries = [int(values[2]) for values in found[1::2] if values[2]]
+        entries = [int(values[3]) for values in found[1::2] if values[3]]
         headers = self._ledger.message_headers(self._queue, entries)
         holds = []
-        for slot, name, (epoch, n, e1, k1, began) in zip(
+        for slot, name, (holds_tag, epoch, n, e1, k1, began) in zip(
             slots, found[::2], found[1::2], strict=True
         ):
-            if epoch is None:
-                continue  # released meanwhile
+            if _text(holds_tag) != tag:
+                continue  # it has passed on meanwhile
             about = headers.get(int(e1), {}) if e1 else {}
             holds.append(
                 HoldRecord(
@@ -168,8 +176,9 @@ class Explainer:
         hold = found["hold"]
         if hold is not None and float(hold) != float("inf"):
             told.append(f"waits for the retry at its head, due in {_left(hold, found):.1f} s")
-        if found["moves"] is not None:
-            told.append(f"on its way to {self._name(_text(found['moves']).split(' ')[0])} (move)")
+        incarnation, _, until = _text(found["moves"]).partition(" ")
+        if until and int(until) > found["now"]:
+            told.append(f"on its way to {self._name(incarnation)} (move)")
         if found["needs"] is not None:
             told.append(f"waits for a worker that knows the task {_text(found['needs'])!r}")
         if not (found["waiting"] or holds):

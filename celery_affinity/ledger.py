@@ -51,18 +51,27 @@ def _headers(raw: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _ms(time: tuple[int, int]) -> int:
+    seconds, micros = time
+    return seconds * 1000 + micros // 1000
+
+
 def _number(value: Any) -> int:
     return int(float(value or 0))
 
 
-def pace_of(samples: Sequence[str]) -> tuple[float, float]:
-    """Leases and settled tasks a second over the last minute that is noted; 0.0 if unknown."""
+def pace_of(samples: Sequence[str], now: int) -> tuple[float, float]:
+    """Leases and settled tasks a second over the last minute; 0.0 if nothing is noted in it.
+
+    Arguments:
+        now: Redis' time in ms.
+    """
     found = [[int(float(part)) for part in sample.split(" ")] for sample in samples]
-    recent = [one for one in found if found[-1][0] - one[0] <= PACE_SECONDS * 1000]
+    recent = [one for one in found if now - one[0] <= PACE_SECONDS * 1000]
     if len(recent) < 2:
         return 0.0, 0.0
-    (t0, _, leases0, settled0), (t1, _, leases1, settled1) = recent[0], recent[-1]
-    seconds = max(1, t1 - t0) / 1000
+    (since, _, leases0, settled0), (_, _, leases1, settled1) = recent[0], recent[-1]
+    seconds = max(1, now - since) / 1000
     return max(0, leases1 - leases0) / seconds, max(0, settled1 - settled0) / seconds
 
 
@@ -91,11 +100,12 @@ class Ledger:
             pipe.hmget(key(state, "conf"), "evac", "paused")
             pipe.hgetall(key(state, "c"))
             pipe.lrange(key(state, "pace"), -PACE_SAMPLES, -1)
-            *lengths, entries, eta, ring, held, halted, idle, dead, flags, totals, pace = (
+            pipe.time()
+            *lengths, entries, eta, ring, held, halted, idle, dead, flags, totals, pace, now = (
                 pipe.execute()
             )
         total = {_text(name): _number(value) for name, value in totals.items()}
-        leases, settled = pace_of([_text(sample) for sample in pace])
+        leases, settled = pace_of([_text(sample) for sample in pace], _ms(now))
         return QueueStats(
             queue=queue.name,
             pending=sum(lengths),
@@ -123,8 +133,7 @@ class Ledger:
         """The registered workers, by name."""
         names = {queue.state: queue.name for queue in queues}
         found = self._client.zrange(self._keys.workers, 0, -1, withscores=True)
-        seconds, micros = self._client.time()
-        now = seconds * 1000 + micros // 1000
+        now = _ms(self._client.time())
         records = [
             record
             for incarnation, due in found

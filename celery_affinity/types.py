@@ -99,7 +99,7 @@ class QueueStats:
     leases: int
     #: Entries that an operator deleted.
     purged: int
-    #: Tasks settled and leases opened a second, over the last minute in which there were any.
+    #: Tasks settled and leases opened a second, over the last minute.
     settled_per_second: float
     leases_per_second: float
 

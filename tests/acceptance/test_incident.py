@@ -31,7 +31,8 @@ QUEUE = {"AFFINITY_TEST_QUEUE": json.dumps({"on_failure": "block"})}
 
 
 def cut(line: str) -> str:
-    """The document's lines are not longer than a screen's."""
+    """The document's lines are not longer than a screen's, and know no folder of this machine."""
+    line = line.replace(f"{DOCUMENT.parents[1]}/", "")
     return line if len(line) <= 120 else line[:117] + "..."
 
 
