@@ -38,9 +38,12 @@ class Operations(Bound):
             write_down(self._scripts, by, "pause", queue, tag_text(tag))
             self._scripts.pause_tag(declared.state, tag_text(tag))
 
-    def resume(self, queue: str, tag: str | None = None, *, by: str = "") -> None:
+    def resume(self, queue: str, tag: str | None = None, *, by: str = "") -> bool:
         """Let a paused or halted (``on_failure``) tag go on, or without one the paused or
         evacuated queue. Tags that are paused themselves stay so.
+
+        Returns:
+            False for a tag that was neither paused nor halted: nothing was changed.
         """
         declared = self._declared(queue)
         if tag is None:
@@ -51,9 +54,9 @@ class Operations(Bound):
                 self.delivery.main_list(declared.pending),
                 lambda: self._ledger.entries(declared),
             )
-        else:
-            write_down(self._scripts, by, "resume", queue, tag_text(tag))
-            self._scripts.resume_tag(declared.state, tag_text(tag))
+            return True
+        write_down(self._scripts, by, "resume", queue, tag_text(tag))
+        return self._scripts.resume_tag(declared.state, tag_text(tag))
 
     def drain(self, worker: str, *, by: str = "") -> int:
         """Give a worker no more affinity tasks; what runs there ends. It has no way back but a

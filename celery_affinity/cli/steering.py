@@ -44,15 +44,21 @@ def pause(context: click.Context, tag: str | None, queue: str | None, as_json: b
 @json_option
 @click.pass_context
 def resume(context: click.Context, tag: str | None, queue: str | None, as_json: bool) -> None:
-    """Let a paused or halted TAG go on, or a paused or evacuated --queue."""
+    """Let a paused or halted TAG go on, or a paused or evacuated --queue.
+
+    Exit code 1: the tag was neither paused nor halted.
+    """
     here = bound(context)
     _one_of(tag, queue)
     name = here.queue_named(queue).name
-    here.resume(name, tag)
+    changed = here.resume(name, tag)
     text = f"{name!r} takes messages in and dispatches again."
     if tag is not None:
         text = f"{shown(tag)} goes on in {name!r}."
-    _done(as_json, text, queue=name, tag=tag, paused=False)
+    if not changed:
+        text = f"{tag!r} was neither paused nor halted in {name!r}; a queue is named by --queue"
+    _done(as_json, text, queue=name, tag=tag, paused=False, changed=changed)
+    context.exit(0 if changed else 1)
 
 
 def _done(as_json: bool, text: str, **record: object) -> None:

@@ -220,7 +220,8 @@ def test_a_paused_tag_says_by_whom_and_goes_on_where_it_was(console: Console) ->
     )
     assert any("1 tags are paused or halted" in line for line in console.run("status").splitlines())
     said = json.loads(console.run("resume", "paused", "--json"))
-    assert said == {"queue": "jobs", "tag": "paused", "paused": False}
+    assert said == {"queue": "jobs", "tag": "paused", "paused": False, "changed": True}
+    assert "'jobs' was neither paused nor halted" in console.run("resume", "jobs", code=1)
     assert [result.get(timeout=10) for result in results] == [0, 1, 2]
     TypeAdapter(list[ChangeRecord]).validate_python(console.affinity.changes())
 
