@@ -95,5 +95,6 @@ def _seconds(app: Celery, arguments: list[str]) -> float:
     began = time.perf_counter()
     done = CliRunner().invoke(command, arguments, obj=SimpleNamespace(app=app))
     assert done.exit_code in (0, 1), (arguments, done.output, done.exception)
-    assert done.exit_code == 0 or arguments[0] in ("explain", "drain", "move"), done.output
+    unchanged = ("explain", "drain", "move", "resume")  # of two calls the second has nothing to do
+    assert done.exit_code == 0 or arguments[0] in unchanged, done.output
     return time.perf_counter() - began
