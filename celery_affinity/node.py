@@ -19,6 +19,7 @@ from celery_affinity.delivery import Delivery
 from celery_affinity.gate import Gate
 from celery_affinity.keys import Keys
 from celery_affinity.namesake import Namesake
+from celery_affinity.pulse import Pulse
 from celery_affinity.reporter import Reporter
 from celery_affinity.request import requeue_unknown_tasks, strategy_for
 from celery_affinity.scripts import Scripts
@@ -77,6 +78,7 @@ class Node:
         internals.settle_own_retries(self.app, pending.get, self._runs_alone)
         self._lifeline = Lifeline()
         self._namesake = Namesake(self.name, self.incarnation)
+        self._pulse = Pulse(settings.namespace, self.name)
         looks = [self._namesake.look]
         if settings.role == "worker":
             names = {queue.state: queue.name for queue in serves}
@@ -88,6 +90,7 @@ class Node:
             settings.heartbeat_interval,
             self._lifeline,
             looks,
+            self._pulse.beat,
         )
         internals.call_before_cold_stop(worker, self.reporter.request_drain)
         self._started = False
@@ -212,6 +215,7 @@ class Node:
             self.reporter.reconnected()
         else:
             self._started = True
+            self._pulse.begin()
             internals.native_thread(self.reporter.run, "affinity-heartbeat")
         logger.info(
             "Serving %s with %d slots as %s.",
@@ -220,6 +224,11 @@ class Node:
             self.incarnation,
             extra={"action": "serve", "incarnation": self.incarnation},
         )
+
+    def leave(self) -> None:
+        """The pool has stopped: this incarnation is no more."""
+        self.reporter.leave()
+        self._pulse.end()
 
     # In the parent, when what it serves changes (remote control)
 

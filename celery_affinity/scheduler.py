@@ -178,7 +178,7 @@ class Scheduler:
         if evacuated and not self._evacuated:
             logger.warning(
                 "Affinity queue %r is evacuated: nothing is taken in or dispatched before "
-                "`celery affinity resume %s`.",
+                "`celery affinity resume --queue %s`.",
                 self._queue.name,
                 self._queue.name,
                 extra={"action": "evacuated", "queue": self._queue.name},

@@ -154,7 +154,7 @@ def test_an_evacuated_app_runs_on_under_plain_celery_and_can_come_back(
     old.wait()
 
     cluster.worker(APP, "again", queues="jobs", concurrency=2, environ=QUICK, extra=LEAN)
-    assert "dispatches again" in operate(cluster, "resume", "jobs")
+    assert "dispatches again" in operate(cluster, "resume", "--queue", "jobs")
     producer.send_each(TAGS)
     wait_for_ends(history_path, producer.sent)
     assert {run.worker for run in runs(history_path)[-len(TAGS):]} == {"again@test"}

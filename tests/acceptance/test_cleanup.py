@@ -30,9 +30,9 @@ from history import History
 pytestmark = pytest.mark.acceptance
 
 #: Of the ledger, without any work and any worker: counters, settings, the layout's version,
-#: the bounded memory of where tags ran, doorbells.
+#: the bounded memory of where tags ran and how fast they were, doorbells.
 LASTING = re.compile(
-    r"\{affinity:default\}:(schema|q:jobs:(c|conf|warm|warmz|wake|vacant|leader)"
+    r"\{affinity:default\}:(schema|q:jobs:(c|conf|warm|warmz|wake|vacant|leader|pace)"
     r"|q:\"beat:affinity_app\":(c|runs|vacant|leader))"  # of the beats, and last runs
 )
 

@@ -19,8 +19,11 @@ from .server import Ledger, all_scripts, ledger, virtual
 BLOCKS, BLOCK = 10, 50
 #: A planted bug is found in so many, or not.
 PATIENCE = 1000
-#: Scripts of periodic tasks' runs, which nobody sends here.
-ELSEWHERE = {"claim_run", "confirm_run", "forget_runs", "purge", "requeue", "resume_tag"}
+#: Scripts of periodic tasks' runs, which nobody sends here, and of operators: tests/lua walks with those.
+ELSEWHERE = {
+    "claim_run", "confirm_run", "find", "forget_runs", "limit", "move", "note", "pause", "pause_tag", "purge",
+    "purge_tag", "requeue", "resume_tag", "revoke_tag",
+}
 #: Where the search begins for those that are met seldom (docs/simulation.md counts from 0).
 FROM = {
     "vacated-once": 263, "flush-forgets": 78, "uncounted-copies": 109, "grant-ageless": 181,
