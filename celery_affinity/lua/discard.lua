@@ -32,7 +32,7 @@ local k = l.out[1] and l.out[1].entry == entry and 1 or 2
 local o = l.out[k]
 if not o or o.entry ~= entry or o.send ~= send then return 0 end
 -- One whose start was granted has not begun if this was its only copy, and no later one gets further.
-if o.token and not (is_granted(o) and ARGV[6] == 'alone') then return 0 end
+if o.token and not (is_granted(l, o) and ARGV[6] == 'alone') then return 0 end
 if l.cn > 1 then redis.call('SREM', queue_key(l.q, 'unst'), l.tag) end
 if ARGV[7] == 'unknown' then
   redis.call('SADD', worker_key(inc, 'lacks'), ARGV[8])

@@ -64,7 +64,7 @@ for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
   for k, o in ipairs(l.out) do
     local name = table.concat({i, o.entry, l.epoch, o.send}, ':')
     if not holds[name] then
-      if o.token and not (is_granted(o) and w.active and serves(w, l.q, i)) then
+      if o.token and not (is_granted(l, o) and w.active and serves(w, l.q, i)) then
         missing = not holds[name .. ':?']
       elseif NOW - l.t >= grace and w.active and serves(w, l.q, i) and not queued(l, o) then
         l.x = l.x + 1

@@ -215,3 +215,14 @@ def test_a_dead_workers_granted_entry_goes_back_to_the_head(bench: Bench) -> Non
     assert bench.scripts.rescue("q", bench.fence, 100)[0] == 1
     assert other.drain_all() == ["a-1", "a-2", "a-3"]
     assert second.settle(token=GRANT) == "stale"
+
+
+def test_a_granted_task_that_was_given_its_end_is_neither_sent_again_nor_discarded(
+    bench: Bench,
+) -> None:
+    """It was revoked or ran past its limit, so it has begun; its process may still clean up."""
+    node, second = granted(bench)
+    s = second.stamp
+    assert bench.scripts.finish(s.incarnation, s.slot, s.entry, s.epoch)
+    assert node.beat(1)[:2] == (True, 0), "not sent again"
+    assert second.discard("settle", "revoked", alone=True) == 0

@@ -208,7 +208,7 @@ BUGS = {
         Bug(
             "grant-is-nothing",
             "a drain takes back a granted entry as if it had not started",
-            {"drain": [("if o.token and not started then", "if o.token and not is_granted(o) and not started then"),
+            {"drain": [("if o.token and not started then", "if o.token and not is_granted(l, o) and not started then"),
                        ("if out > 0 and not (out == 1 and l.out[1].token) then", "if out > 0 then")]},
         ),
         Bug("discard-unasked", "a granted entry is ended although another copy of it may run", held=LonelyHeld),

@@ -4,8 +4,12 @@ local FIELDS = {'q', 'tag', 'epoch', 'n', 'cn', 'x', 't', 'miss', 'fin',
   'e1', 's1', 'p1', 'k1', 'e2', 's2', 'p2', 'o', 'lt', 'lr'}
 
 -- Whether a settle has granted this start: its process knows of it, but may not have begun with it. Such
--- a token ends in "?". Whatever it is not safe to take for unstarted takes it for started.
-local function is_granted(o) return o.token and string.sub(o.token, -1) == '?' end
+-- a token ends in "?". Whatever it is not safe to take for unstarted takes it for started. One that its
+-- node has given its end (finish) has begun.
+local function is_granted(l, o)
+  return o.token and string.sub(o.token, -1) == '?'
+    and not (l.fin and string.match(l.fin, '^%d+') == o.entry)
+end
 
 -- The lease of a slot, or nil if the slot has none.
 local function load_lease(inc, i)
