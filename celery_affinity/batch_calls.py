@@ -34,8 +34,9 @@ from celery.utils.saferepr import saferepr
 
 from celery_affinity import context
 from celery_affinity.batches import Asked, BatchFunction, BatchRequest, asked, results_of
-from celery_affinity.gate import Run, Tracer, current_run, outcome_of, outcome_of_error, running
 from celery_affinity.message import decoded_body
+from celery_affinity.outcomes import outcome_of, outcome_of_error
+from celery_affinity.running import Run, Tracer, current_run, running
 
 __all__ = ("EVENTS_HEADER", "BatchTask", "Mates", "mates_of")
 
@@ -184,7 +185,8 @@ class Call:
         except SoftTimeLimitExceeded:
             raise
         except Exception as error:
-            mate.outcome = outcome_of_error(error)
+            retried = bool(mate.run.retry_messages)
+            mate.outcome, mate.words = outcome_of_error(error, retried=retried)
             logger.exception("Task %s ended with an error outside of it.", request["id"])
         finally:
             context.leave(here)

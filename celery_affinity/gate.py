@@ -5,6 +5,7 @@ after the result is stored and the last hook has returned.
 
     message -> start? --refused--> nothing at all happens
                   `--accepted--> tag_acquired (first of a lease) -> tracer -> settle
+                  (or granted by the settle before: starts.py)                   |
                                                     tag_released (last of a lease) <-'
 
 Crash windows:
@@ -29,15 +30,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
-from celery.exceptions import Reject, SoftTimeLimitExceeded
-from celery.states import FAILURE
+from celery.exceptions import SoftTimeLimitExceeded
 from redis.exceptions import RedisError
 
 from celery_affinity import context
@@ -45,96 +43,18 @@ from celery_affinity.connection import Reachability
 from celery_affinity.context import AffinityContext
 from celery_affinity.events import tag_acquired, tag_released
 from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp, tag_text
+from celery_affinity.outcomes import is_of_greenlets, outcome_of, outcome_of_error
+from celery_affinity.running import BatchCall, BatchTask, Run, Tracer, running
 from celery_affinity.scripts import Scripts
+from celery_affinity.starts import Starts
 from celery_affinity.watchdog import seconds
 
-__all__ = (
-    "REFUSED",
-    "Gate",
-    "Run",
-    "Tracer",
-    "current_run",
-    "outcome_of",
-    "outcome_of_error",
-    "running",
-)
+__all__ = ("REFUSED", "Gate")
 
 logger = logging.getLogger(__name__)
 
 #: What the tracer "returns" for a refused copy; the parent then drops the request without a word.
 REFUSED = "celery_affinity: refused copy"
-
-#: The end of a failed task's traceback that its dead letter keeps.
-TRACEBACK_CHARACTERS = 8000
-
-#: What start.lua answers while the worker's heartbeat is late: its lease may soon be over.
-HEARTBEAT_LATE = -5
-
-Tracer = Callable[..., Any]
-
-
-class Run:
-    """A dispatched message that passed the gate and runs now."""
-
-    def __init__(self, stamp: Stamp, task_id: str, retries: int, token: str) -> None:
-        self.stamp = stamp
-        self.task_id = task_id
-        self.retries = retries
-        self.token = token
-        #: Messages of its own retries with their due time in ms: settled with it, not published.
-        self.retry_messages: list[tuple[str, int | None]] = []
-        #: Tasks that it sent and that can start only when it has ended; see waiting.py.
-        self.own_tag_ids: set[str] = set()
-
-    def retry_words(self) -> list[object]:
-        """Its retries as the ledger is told of them: message, due time in ms or ""."""
-        return [
-            part
-            for message, eta in self.retry_messages
-            for part in (message, "" if eta is None else eta)
-        ]
-
-
-_run: ContextVar[Run | None] = ContextVar("celery_affinity_run", default=None)
-
-
-def current_run() -> Run | None:
-    """The run that the calling code is part of, or None."""
-    return _run.get()
-
-
-@contextmanager
-def running(run: Run) -> Iterator[None]:
-    """The block is part of that run."""
-    token = _run.set(run)
-    try:
-        yield
-    finally:
-        _run.reset(token)
-
-
-class BatchCall(Protocol):
-    """The call of a batch task's function for several entries; see batch_calls.py."""
-
-    def trace(self, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Any) -> Any:
-        """Have all entries traced; what the tracer says of the first."""
-
-    def ends(
-        self, run: Run, outcome: str, words: Sequence[object]
-    ) -> list[tuple[str, str, Sequence[object]]]:
-        """What `settle_batch` is told of each entry."""
-
-
-class BatchTask(Protocol):
-    """A task that takes what waits behind it."""
-
-    name: str
-    most_bytes: int
-
-    def call(
-        self, run: Run, request: Mapping[str, Any], found: Sequence[tuple[str, bytes]]
-    ) -> BatchCall:
-        """The call for a first entry and those that joined it (entry, message)."""
 
 
 class Gate:
@@ -168,24 +88,31 @@ class Gate:
     ) -> None:
         self._succeeded = succeeded
         self._began: dict[str, float] = {}
-        self._trust_seconds = trust_seconds
+        self._inside: set[object] = set()
         self._scripts = connect()
         self._refusal = refusal
         self._queue_names = dict(queue_names)
         self._node = node
         self._incarnation = incarnation
         self._slot = slot
-        self._in_process = in_process
+        #: Whether tasks run in the worker's own process.
+        self.in_process = in_process
         self._ordinary = ordinary
         self._held: dict[int, tuple[str, str, str]] = {}
         self._announced = True
         self._numbers = count(1)
         self._process = f"{os.getpid()}:{_started_at()}:{uuid4().hex[:8]}"
+        self._starts = Starts(self._scripts, self._token, trust_seconds, granted=slot is not None)
         self._reachability = Reachability(logger, f"tasks of process {os.getpid()}")
 
     def began(self) -> list[float]:
         """When the dispatched tasks that run here began (`watchdog.seconds`)."""
         return list(self._began.values())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no dispatched message is between its question to start and its settle here."""
+        return not self._inside
 
     def process_up(self) -> None:
         """Tell the ledger that this slot has a new process."""
@@ -207,6 +134,7 @@ class Gate:
 
     def close(self) -> None:
         """This process stops: its tags are released for its receivers."""
+        self._starts.decline(self._briefly)
         for slot in list(self._held):
             self._release(slot, "drained")
 
@@ -217,7 +145,12 @@ class Gate:
             stamp = Stamp.parse(request.pop(STAMP_HEADER, None)) if request else None
             if stamp is None:
                 return self._ordinary_task(tracer, uuid, args, kwargs, request)
-            return self._dispatched_task(stamp, batch, tracer, uuid, args, kwargs, request)
+            inside = object()
+            self._inside.add(inside)
+            try:
+                return self._dispatched_task(stamp, batch, tracer, uuid, args, kwargs, request)
+            finally:
+                self._inside.discard(inside)
 
         return gated
 
@@ -228,6 +161,7 @@ class Gate:
             return tracer(uuid, args, kwargs, request)
         token = self._token()
         self._announce()
+        self._starts.decline(self._briefly)
         self._briefly(lambda: self._scripts.occupy(self._incarnation, self._slot, token))
         try:
             return tracer(uuid, args, kwargs, request)
@@ -245,12 +179,14 @@ class Gate:
         kwargs: Any,
         request: Any,
     ) -> Any:
-        run = Run(stamp, uuid, request.get("retries") or 0, self._token())
         self._announce()
-        answer = self._start(stamp, run.token)
+        answer, token = self._starts.begin(stamp, self._patiently)
+        run = Run(stamp, uuid, request.get("retries") or 0, token)
         call = None
         if answer == 1 and batch is not None and stamp.attempt == 1:
-            answer, found = self._take(run, batch)
+            answer, found = self._starts.join(
+                stamp, token, batch.name, batch.most_bytes, self._patiently
+            )
             call = batch.call(run, request, found) if found else None
         if answer != 1:
             logger.debug(
@@ -275,7 +211,6 @@ class Gate:
                 int(stamp.entry),
             )
         )
-        running = _run.set(run)
         outcome = "done"
         failure: tuple[bytes, ...] = ()
         self._began[run.token] = seconds()
@@ -288,75 +223,34 @@ class Gate:
                     extra={"action": "settle_stored", "task_id": uuid},
                 )
                 return self._refusal(stored)
-            answer = (call.trace if call else _traced)(tracer, uuid, args, kwargs, request)
+            with running(run):
+                answer = (call.trace if call else _traced)(tracer, uuid, args, kwargs, request)
             outcome, failure = outcome_of(answer)
             return answer
         except BaseException as error:
             if isinstance(error, Exception):
-                outcome = outcome_of_error(error)
+                outcome, failure = outcome_of_error(error, retried=bool(run.retry_messages))
             else:
                 outcome = ""
-                self._process_stops(stamp, told=_is_of_greenlets(error))
+                self._process_stops(stamp, told=is_of_greenlets(error))
             raise
         finally:
             del self._began[run.token]
-            _run.reset(running)
             if outcome:
                 self._settle(run, queue, tag, outcome, failure, call)
             context.leave(here)
-
-    def _start(self, stamp: Stamp, token: str) -> int:
-        while True:
-            asked = seconds()
-            answer: int = self._patiently(
-                lambda: self._scripts.start(
-                    stamp.incarnation,
-                    stamp.slot,
-                    stamp.entry,
-                    stamp.epoch,
-                    stamp.send,
-                    token,
-                    int(self._trust_seconds * 1000),
-                )
-            )
-            if answer == HEARTBEAT_LATE:
-                time.sleep(0.05)
-            elif answer != 1 or seconds() - asked < self._trust_seconds:
-                return answer
-
-    def _take(self, run: Run, batch: BatchTask) -> tuple[int, Sequence[tuple[str, bytes]]]:
-        """What joins a started batch task; its code is as that of a start."""
-        stamp = run.stamp
-        while True:
-            asked = seconds()
-            code, found = self._patiently(
-                lambda: self._scripts.take(
-                    stamp.incarnation,
-                    stamp.slot,
-                    stamp.entry,
-                    stamp.epoch,
-                    run.token,
-                    int(self._trust_seconds * 1000),
-                    batch.name,
-                    batch.most_bytes,
-                )
-            )
-            if code == HEARTBEAT_LATE:
-                time.sleep(0.05)
-            elif code != 1 or seconds() - asked < self._trust_seconds:
-                return code, found
 
     def _process_stops(self, stamp: Stamp, told: bool) -> None:
         """The task did not end, it was stopped: its request reports what becomes of it. Without
         processes it learns of a timeout only (told), and there is nobody else to do so.
         """
-        if self._in_process and not told:
+        if self.in_process and not told:
             self._patiently(
                 lambda: self._scripts.lost(
                     stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.state
                 )
             )
-        if self._in_process:
+        if self.in_process:
             self._release(stamp.slot, "lost")
 
     def _settle(
@@ -375,7 +269,14 @@ class Gate:
             answer = self._patiently(lambda: self._scripts.settle_batch(*mine, ends))
         else:
             words = (*failure, *run.retry_words())
-            answer = self._patiently(lambda: self._scripts.settle(*mine, outcome, *words))
+            proposal = "" if words else self._starts.proposal()
+            asked = seconds()
+            answer = self._patiently(
+                lambda: self._scripts.settle(
+                    *mine, outcome, *words, grant=proposal, least_ms=self._starts.least_ms
+                )
+            )
+            answer = self._starts.settled(stamp, answer, proposal, asked)
         if answer == "stale":
             logger.warning(
                 "Task %s ended after its lease on tag %r was taken away; it runs again elsewhere.",
@@ -431,48 +332,6 @@ class Gate:
 
 def _traced(tracer: Tracer, *arguments: Any) -> Any:
     return tracer(*arguments)
-
-
-def outcome_of(answer: Any) -> tuple[str, tuple[bytes, ...]]:
-    """What the ledger is told of a task, by its tracer's answer: outcome, reason and traceback."""
-    if _asks_for_requeue(getattr(answer, "retval", None)):
-        return "again", ()
-    failure = _failure_of(answer)
-    return ("failed", failure) if failure else ("done", ())
-
-
-def outcome_of_error(error: Exception) -> str:
-    """The same where the tracer has raised."""
-    return "again" if _asks_for_requeue(error) else "done"
-
-
-def _is_of_greenlets(error: BaseException) -> bool:
-    """Whether it is a timeout of greenlets: a hard time limit, or one that the task let out."""
-    modules = ("gevent.timeout", "eventlet.timeout")
-    return any(kind.__module__ in modules for kind in type(error).__mro__)
-
-
-def _asks_for_requeue(result: Any) -> bool:
-    """Whether it is ``Reject(requeue=True)``: the tracer returns it, or raises it from a hook."""
-    error = getattr(result, "exception", result)
-    error = getattr(error, "exc", error)
-    return isinstance(error, Reject) and bool(getattr(error, "requeue", False))
-
-
-def _failure_of(answer: Any) -> tuple[bytes, ...]:
-    """Reason and traceback, if the tracer says that the task has failed for good."""
-    info = getattr(answer, "info", None)
-    if info is None or getattr(info, "state", None) != FAILURE:
-        return ()
-    try:
-        reason = f"{type(info.retval).__name__}: {info.retval}"
-    except Exception:  # an error that cannot even be printed
-        reason = type(info.retval).__name__
-    traceback = str(getattr(answer.retval, "traceback", "") or "")
-    return (
-        reason[:1000].encode("utf-8", "replace"),
-        traceback[-TRACEBACK_CHARACTERS:].encode("utf-8", "replace"),
-    )
 
 
 def _started_at() -> str:

@@ -14,6 +14,8 @@ from celery_affinity.exceptions import ConfigurationError
 from harness import BROKER_VARIABLE, Cluster
 from history import HISTORY_VARIABLE
 
+pytest_plugins = ["reliability"]
+
 _clusters = pytest.StashKey[list[Cluster]]()
 
 

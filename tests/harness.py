@@ -17,10 +17,10 @@ import psutil
 
 from celery_affinity.embedded import die_with_parent
 from history import HISTORY_VARIABLE
+from nursery import TESTS, ForkedProcess, nursery
 
 T = TypeVar("T")
 
-TESTS = Path(__file__).resolve().parent
 #: Tells the apps of the tests their broker.
 BROKER_VARIABLE = "AFFINITY_TEST_BROKER"
 #: Tells affinity_app to keep results, in database 1 of the same server.
@@ -86,21 +86,23 @@ class Node:
         ready: What its log says once it works.
         environ: The whole environment.
         directory: Where it runs and logs.
+        real: Whether an interpreter of its own runs it, and not a fork of the nursery.
     """
 
     def __init__(
         self, name: str, arguments: Sequence[str], *, ready: str, environ: Mapping[str, str],
-        directory: Path,
+        directory: Path, real: bool = False,
     ) -> None:
         self.name = name
-        self.command = [sys.executable, "-m", "celery", *arguments]
         self.log_path = directory / (re.sub(r"[^\w@.-]", "_", name) + ".log")
+        self._arguments = list(arguments)
+        self._real = real
         self._ready = ready
         self._environ = dict(environ)
         self._directory = directory
         self._log_start = 0
         self._group: set[int] = set()
-        self.process: subprocess.Popen[bytes]
+        self.process: subprocess.Popen[bytes] | ForkedProcess
         self.start()
 
     def __repr__(self) -> str:
@@ -116,15 +118,25 @@ class Node:
         """Whether the parent process runs."""
         return self.process.poll() is None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it runs, and has said since its last start that it works."""
+        return self.alive and self._ready in self.log_text()
+
     def start(self) -> None:
         """Start the process, also again after it has gone: a new incarnation, the same name."""
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                cwd=self._directory, env=self._environ, start_new_session=True,
-                preexec_fn=die_with_parent(),
-            )
+            if self._real:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "celery", *self._arguments], stdin=subprocess.DEVNULL,
+                    stdout=log, stderr=log, cwd=self._directory, env=self._environ,
+                    start_new_session=True, preexec_fn=die_with_parent(),
+                )
+            else:
+                self.process = nursery().fork(
+                    self._arguments, self.log_path, self._directory, self._environ
+                )
         self._group.add(self.pid)
 
     def log_text(self, *, all_starts: bool = False) -> str:
@@ -253,7 +265,7 @@ class Cluster:
     def worker(
         self, app: str, name: str = "w1", *, queues: str | None = None, concurrency: int = 1,
         pool: str = "prefork", environ: Mapping[str, str] | None = None,
-        extra: Sequence[str] = (),
+        extra: Sequence[str] = (), real: bool = False,
     ) -> Node:
         """Start a worker; `wait_ready` is the caller's, so that several start at once.
 
@@ -265,6 +277,7 @@ class Cluster:
             pool: prefork, threads, solo or gevent.
             environ: More of the environment.
             extra: More of the command line.
+            real: See `Node`; gevent's always are.
         """
         full_name = name if "@" in name else f"{name}@test"
         chosen = () if queues is None else ("-Q", queues)
@@ -272,19 +285,19 @@ class Cluster:
             full_name,
             ["-A", app, "worker", "-n", full_name, "-c", str(concurrency), "-P", pool,
              "-l", "INFO", *chosen, *extra],
-            f"{full_name} ready.", environ,
+            f"{full_name} ready.", environ, real or pool == "gevent",
         )
 
     def beat(
         self, app: str, name: str = "beat", *, scheduler: str | None = "affinity",
-        environ: Mapping[str, str] | None = None, extra: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None, extra: Sequence[str] = (), real: bool = False,
     ) -> Node:
         """Start a beat; `scheduler` None is Celery's own."""
         chosen = () if scheduler is None else ("-S", scheduler)
         schedule = str(self.directory / f"{name}.schedule")
         return self._add(
             name, ["-A", app, "beat", "-l", "INFO", "-s", schedule, "--pidfile=", *chosen, *extra],
-            "beat: Starting", environ,
+            "beat: Starting", environ, real,
         )
 
     def wait_ready(self, timeout: float = _READY_SECONDS) -> None:
@@ -299,14 +312,22 @@ class Cluster:
             node.destroy()
 
     def _add(
-        self, name: str, arguments: Sequence[str], ready: str, environ: Mapping[str, str] | None
+        self, name: str, arguments: Sequence[str], ready: str, environ: Mapping[str, str] | None,
+        real: bool,
     ) -> Node:
         node = Node(
             name, arguments, ready=ready, environ={**self.environ, **(environ or {})},
-            directory=self.directory,
+            directory=self.directory, real=real,
         )
         self.nodes.append(node)
         return node
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, be it a zombie still."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return not _is_running(psutil.Process(pid))
+    return True
 
 
 def _session(pid: int) -> int | None:

@@ -16,7 +16,7 @@ if due - NOW < tonumber(ARGV[7]) then return -5 end
 if v[2] == entry then
   if v[4] then return v[4] == token and 1 or -3 end
   if v[3] ~= send then return -2 end
-  redis.call('HSET', slot_key(inc, i), 'k1', token)
+  redis.call('HSET', slot_key(inc, i), 'k1', token, 'began', text(NOW))
   if tonumber(v[7]) == 1 then return 1 end
 elseif v[5] ~= entry then
   return -1

@@ -5,10 +5,13 @@
 --         (ms), name of the task, most bytes of messages
 -- Returns {-1} the entry is not this caller's (any more); {-5} ask again, as for start;
 --         {1, entry, message, ...} the next of its tag that may join it, in order; often none
--- What joins counts as started, with the same token, until settle_batch or the loss of the process.
+-- What joins counts as started, with the same token, until settle_batch or the loss of the process. A start
+-- that was granted (settle) has begun with it.
 -- It stops at the first that has to be a call of its own: one of another task, one that was started
 -- before (it may be what killed its process), a revoked or expired one (its worker's parent says so to
 -- whoever waits); and at max_batch_size entries in a call, or in the lease while another tag waits.
+-- Nothing joins where the lease would be sent nothing: its worker stops, the tag or the queue is paused or
+-- halted, the tag is on its way to another worker, or has more leases than it may.
 -- A repeat with the same token gets the same entries.
 -- @include base
 -- @include ring
@@ -37,7 +40,7 @@ if not c.batches or not string.find(c.batches, '\n' .. task .. '\n', 1, true) th
   c.batches = (c.batches or '\n') .. task .. '\n'
   redis.call('HSET', queue_key(q, 'conf'), 'batches', c.batches)
 end
-if not w or not w.active or not serves(w, q, i) or c.stopped or on_hold(q, tag) or lacks(q, tag, inc)
+if not w or not w.active or not serves(w, q, i) or l.cn == 0 or c.still or on_hold(q, tag) or barred(q, tag, inc)
   or (l.cn > 1 and redis.call('SISMEMBER', queue_key(q, 'unst'), tag) == 1)
   or redis.call('HEXISTS', queue_key(q, 'att'), entry) == 1 then return answer end
 
@@ -51,7 +54,9 @@ end
 -- As kombu and Celery write the beginning of the headers; what differs is parsed.
 local usual = '^"lang": "py", "task": "' .. string.gsub(task, '%W', '%%%0')
   .. '", "id": "([%w%-]*)", "shadow": [^,]*, "eta": [^,]*, "expires": null,'
+local gone = tonumber(c.revoked and redis.call('HGET', queue_key(q, 'gone'), tag) or 0)
 local function joins(mate, raw)
+  if tonumber(mate) <= gone then return false end
   if redis.call('HEXISTS', queue_key(q, 'att'), mate) == 1 then return false end
   local _, brace = string.find(raw, '{', 2, true)
   local id = brace and string.match(raw, usual, brace + 1)

@@ -24,7 +24,7 @@ def test_plain_celery_breaks_exclusion_and_order_of_bursts(
     for name in ("w1", "w2"):
         cluster.worker(
             "acceptance.apps.plain", name, queues="plain", concurrency=2,
-            extra=("--without-gossip", "--without-mingle"),
+            extra=("--without-gossip", "--without-mingle"), real=True,
         )
     cluster.wait_ready()
     randomness = random.Random(2)

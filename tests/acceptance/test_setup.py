@@ -45,7 +45,7 @@ def test_the_command_line_goes_before_the_environment_on_every_pool(
     """A worker that was told to be only that never schedules; one that schedules runs nothing."""
     both = {**QUICK, "AFFINITY_ROLE": "both"}
     worker = cluster.worker(
-        APP, "worker", queues="jobs", concurrency=2, pool=pool, environ=both,
+        APP, "worker", queues="jobs", concurrency=2, pool=pool, environ=both, real=pool == "prefork",
         extra=(*LEAN, "--affinity-role", "worker"),
     )
     worker.wait_for_log(NOBODY, 60)
@@ -54,7 +54,7 @@ def test_the_command_line_goes_before_the_environment_on_every_pool(
 
     scheduler = cluster.worker(
         APP, "scheduler", queues="ordinary", concurrency=1, pool=pool, environ=both,
-        extra=(*LEAN, "--affinity-role=scheduler"),
+        extra=(*LEAN, "--affinity-role=scheduler"), real=pool == "prefork",
     )
     producer.send_each(TAGS, 5)
     wait_for_ends(history_path, 40)
@@ -104,8 +104,8 @@ def test_the_banner_of_worker_and_beat_shows_the_origin_of_each_setting(
     )
     environ = {"AFFINITY_NAMESPACE": "elsewhere"}
     role = ("--affinity-role", "both")
-    worker = cluster.worker("origins", pool="solo", environ=environ, extra=(*LEAN, *role))
-    beat = cluster.beat("origins", environ=environ, extra=role)
+    worker = cluster.worker("origins", pool="solo", environ=environ, extra=(*LEAN, *role), real=True)
+    beat = cluster.beat("origins", environ=environ, extra=role, real=True)
     configured = cluster.worker("origins", "w2", pool="solo", extra=LEAN)
     cluster.wait_ready()
     for node in (worker, beat):
@@ -148,6 +148,10 @@ def test_a_worker_without_a_leader_says_once_what_to_start_and_when_there_is_one
     assert worker.log_text().count("is scheduled again") == 1
 
 
+@pytest.mark.proves(
+    "44: two workers of one name",
+    "both work, with queues of their own; the newcomer warns",
+)
 def test_two_workers_of_one_name_both_work_and_the_newcomer_says_so_once(
     cluster: Cluster, history_path: Path, producer: Producer, tmp_path: Path
 ) -> None:
@@ -177,6 +181,10 @@ def test_two_workers_of_one_name_both_work_and_the_newcomer_says_so_once(
     assert "Another running worker" not in elder.log_text()
 
 
+@pytest.mark.proves(
+    "44: a killed worker comes back under its name",
+    "it works; no warning",
+)
 def test_a_worker_that_comes_back_after_a_kill_meets_no_namesake(
     cluster: Cluster, producer: Producer, redis: Redis
 ) -> None:

@@ -17,8 +17,7 @@ from typing import Any
 
 from acceptance.support import Producer
 from celery_affinity.embedded import Server, start_server
-from chaos.nursery import ForkedCluster
-from harness import BROKER_VARIABLE
+from harness import BROKER_VARIABLE, Cluster
 from history import HISTORY_VARIABLE
 
 #: Every time of the library that an experiment waits for, as short as they go here.
@@ -37,7 +36,7 @@ class Lane:
 
     number: int
     server: Server
-    cluster: ForkedCluster
+    cluster: Cluster
     producer: Producer
     history_path: Path
     random: random.Random
@@ -54,7 +53,7 @@ def lane(number: int, seed: object, *, aof: bool = False) -> Iterator[Lane]:
     history_path = directory / "history.jsonl"
     with start_server(aof=aof) as server:
         os.environ.update({HISTORY_VARIABLE: str(history_path), BROKER_VARIABLE: server.url()})
-        cluster = ForkedCluster(server.url(), directory, history_path)
+        cluster = Cluster(server.url(), directory, history_path)
         try:
             yield Lane(
                 number, server, cluster, Producer(server.url()), history_path,

@@ -12,9 +12,8 @@ from redis.exceptions import RedisError
 
 from acceptance.support import LEAN, WORKER_ONLY, Producer
 from celery_affinity.embedded import Server
-from chaos.nursery import ForkedCluster
 from chaos.proxy import Proxy
-from harness import BROKER_VARIABLE, Node, wait_until
+from harness import BROKER_VARIABLE, Cluster, Node, wait_until
 
 APP = "chaos.apps.affinity"
 HEARTBEAT_INTERVAL_SECONDS, HEARTBEAT_TIMEOUT_SECONDS, LEADER_TTL_SECONDS = 0.75, 3.0, 2.0
@@ -34,7 +33,7 @@ class System:
 
     def __init__(self, server: Server, directory: Path, history_path: Path) -> None:
         self.server = server
-        self.cluster = ForkedCluster(server.url(), directory, history_path)
+        self.cluster = Cluster(server.url(), directory, history_path)
         self.proxies = [Proxy(server.port) for _ in range(WORKERS)]
         self.workers = [
             self.cluster.worker(
@@ -66,13 +65,20 @@ class System:
                 return next((node for node in self.nodes if str(node.pid) == pid), None)
         return None
 
-    def wait_until_whole(self, timeout: float = 60.0) -> None:
-        """Wait until every node works and is registered."""
-        for node in self.nodes:
-            if not node.alive:
-                node.start()
-        for node in self.nodes:
-            node.wait_ready(timeout)
+    def wait_until_whole(
+        self, timeout: float = 60.0, revive: Callable[[], object] = lambda: None
+    ) -> None:
+        """Wait until every node works and is registered.
+
+        Arguments:
+            revive: Starts nodes that have ended; called again and again, as a start may fail, too.
+        """
+
+        def not_ready() -> list[Node]:
+            revive()
+            return [node for node in self.nodes if not node.is_ready]
+
+        wait_until(lambda: not not_ready(), timeout, "all nodes to work")
         pids: Callable[[], bool] = lambda: (  # noqa: E731
             sorted(worker.name for worker in self.producer.affinity.workers())
             == sorted(worker.name for worker in self.workers)

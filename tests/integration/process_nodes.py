@@ -95,7 +95,8 @@ class WorkerProcess(ProcessContainer):
         arguments = [part.replace("%h", self.id[:12]) for part in command]
         assert arguments.pop(0) == "celery", command
         self.node = Node(
-            "worker", arguments, ready="ready.", environ=self.environ, directory=directory
+            "worker", arguments, ready="ready.", environ=self.environ, directory=directory,
+            real=True,
         )
 
     def is_alive(self) -> bool:

@@ -123,7 +123,7 @@ def test_a_django_project_sends_each_committed_invoice_once_in_order_per_company
     cluster: Cluster, project: Project, server: Server
 ) -> None:
     workers = [
-        cluster.worker("shop", name, queues="invoices", concurrency=2, extra=LEAN)
+        cluster.worker("shop", name, queues="invoices", concurrency=2, extra=LEAN, real=True)
         for name in ("w1", "w2")
     ]
     cluster.wait_ready()
@@ -169,7 +169,7 @@ def test_the_projects_own_tests_pass_without_a_worker_and_without_redis(
 def test_the_banner_and_errors_name_settings_as_django_users_write_them(
     cluster: Cluster, project: Project
 ) -> None:
-    worker = cluster.worker("shop", queues="invoices", pool="solo", extra=LEAN).wait_ready()
+    worker = cluster.worker("shop", queues="invoices", pool="solo", extra=LEAN, real=True).wait_ready()
     worker.wait_for_log(".> heartbeat_timeout: 12.0 (settings.CELERY_AFFINITY_HEARTBEAT_TIMEOUT)")
     assert ".> queues: invoices(max_batch_size=5) (settings.CELERY_AFFINITY_QUEUES)" in (
         worker.log_text()
@@ -182,7 +182,7 @@ def test_the_banner_and_errors_name_settings_as_django_users_write_them(
         ("CELERY_AFFINITY_QUEUES = {'invoices': {'batch': 3}}", "batch: there is no such setting"),
     ):
         settings.write_text(f"{text}\n{line}\n")
-        refused = cluster.worker("shop", "refused", queues="invoices", pool="solo", extra=LEAN)
+        refused = cluster.worker("shop", "refused", queues="invoices", pool="solo", extra=LEAN, real=True)
         assert refused.wait(60) != 0
         said = refused.log_text()
         assert f"settings.{line.split(' ')[0]}" in said and says in said

@@ -50,7 +50,7 @@ def worker(
     for name, value in urls.items():
         monkeypatch.setenv(name, value)
     monkeypatch.syspath_prepend(str(cluster.directory))
-    yield cluster.worker("shop", queues="invoices", pool="solo", extra=LEAN)
+    yield cluster.worker("shop", queues="invoices", pool="solo", extra=LEAN, real=True)
     for name in ("shop", "web"):
         sys.modules.pop(name, None)
 

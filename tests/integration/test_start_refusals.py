@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from celery_affinity.connection import check_server
 from celery_affinity.embedded import Server
 from celery_affinity.exceptions import ConfigurationError
+from nursery import nursery
 
 APP = """
 from celery import Celery
@@ -23,17 +26,23 @@ app = Celery("refused", broker={broker!r})
 
 
 def start(
-    tmp_path: Path, broker: str, body: str, *command: str
+    tmp_path: Path, broker: str, body: str, *command: str, real: bool = False
 ) -> subprocess.CompletedProcess[str]:
+    """Run `celery`, in a fork of the nursery or in an interpreter of its own."""
     (tmp_path / "refused.py").write_text(APP.format(broker=broker, body=textwrap.dedent(body)))
-    return subprocess.run(
-        [sys.executable, "-m", "celery", "-A", "refused", *command],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    arguments = ["-A", "refused", *command]
+    if real:
+        return subprocess.run(
+            [sys.executable, "-m", "celery", *arguments], cwd=tmp_path, capture_output=True, text=True,
+            timeout=30, check=False,
+        )
+    out, errors = tmp_path / "stdout", tmp_path / "stderr"
+    process = nursery().fork(arguments, out, tmp_path, os.environ, errors)
+    try:
+        status = process.wait(30)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(arguments, status, out.read_text(), errors.read_text())
 
 
 WORKER = ("worker", "-Q", "jobs", "-c", "1", "-P", "solo")
@@ -116,7 +125,7 @@ WORKER = ("worker", "-Q", "jobs", "-c", "1", "-P", "solo")
 def test_a_worker_with_settings_that_cannot_work_does_not_start(
     shared_server: Server, tmp_path: Path, body: str, says: str
 ) -> None:
-    done = start(tmp_path, shared_server.url(), body, *WORKER)
+    done = start(tmp_path, shared_server.url(), body, *WORKER, real="jbos" in body)
     assert done.returncode != 0
     assert "\nError: " in done.stderr and "Traceback" not in done.stderr
     assert says in done.stderr
@@ -132,11 +141,15 @@ def test_a_beat_with_settings_that_cannot_work_does_not_start(
 
 
 def test_a_beat_without_affinity_says_what_to_add(shared_server: Server, tmp_path: Path) -> None:
-    done = start(tmp_path, shared_server.url(), "", "beat", "-S", "affinity")
+    done = start(tmp_path, shared_server.url(), "", "beat", "-S", "affinity", real=True)
     assert done.returncode != 0
     assert "add affinity = Affinity(app" in done.stdout + done.stderr
 
 
+@pytest.mark.proves(
+    "23: Redis may evict keys",
+    "refused at start, with the setting to change",
+)
 def test_a_redis_that_may_evict_keys_is_refused(server: Server, tmp_path: Path) -> None:
     client = server.client()
     client.config_set("maxmemory", "100mb")
@@ -160,6 +173,10 @@ def test_a_redis_user_that_may_not_do_what_the_ledger_needs_is_refused(
     assert "ACL SETUSER <user> +info" in done.stdout + done.stderr
 
 
+@pytest.mark.proves(
+    "Redis without AOF",
+    "a warning at start",
+)
 def test_a_redis_without_aof_is_warned_of(
     server: Server, aof_server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -167,6 +184,26 @@ def test_a_redis_without_aof_is_warned_of(
     assert "appendonly" not in caplog.text
     check_server(server.client(), logging.getLogger())
     assert "CONFIG SET appendonly yes" in caplog.text
+
+
+@pytest.mark.proves("Redis does not say whether it persists (ACL)", "a warning that it could not be checked")
+def test_a_redis_that_does_not_say_whether_it_keeps_its_data_is_told_of(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    user = ("quiet", "on", ">pw", "~*", "&*", "+@all", "-config")
+    server.client().execute_command("ACL", "SETUSER", *user)
+    check_server(Redis.from_url(server.url().replace("//", "//quiet:pw@")), logging.getLogger())
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "could not be checked" in record.message
+
+
+@pytest.mark.proves("23: maxmemory-policy volatile-lru", "a warning at start")
+def test_a_redis_that_may_evict_what_expires_is_warned_of(
+    aof_server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    aof_server.client().config_set("maxmemory-policy", "volatile-lru")
+    check_server(aof_server.client(), logging.getLogger())
+    assert "maxmemory-policy volatile-lru; set noeviction" in caplog.text
 
 
 def test_an_old_redis_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

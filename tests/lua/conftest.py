@@ -64,6 +64,22 @@ class Bench:
         )
         return node
 
+    def opening(
+        self, *ids: object, slots: int = 1, depth: int = 1, timeout_ms: int = 60_000, **limits: int
+    ) -> Node:
+        """A leader, a node "n" and tasks of the tag "a", the first of which is on its way to it.
+
+        Arguments:
+            ids: What tells the tasks apart, in their order.
+            slots: As depth and timeout_ms: the node's.
+            limits: See `lead`.
+        """
+        self.lead(**limits)  # type: ignore[arg-type]
+        node = self.node("n", slots, depth, timeout_ms)
+        self.send("a", *ids)
+        self.admit_all()
+        return node
+
     def send(self, tag: object, *ids: object, eta: str | None = None) -> None:
         for one in ids:
             headers = {"id": f"{tag}-{one}", "task": "t", "identify_tag": tag, "eta": eta}
@@ -139,16 +155,24 @@ class Copy:
             s.incarnation, s.slot, s.entry, epoch or s.epoch, send or s.send, self.token, least_ms
         )
 
-    def settle(self, outcome: str = "done", *retries: object, token: str | None = None) -> str:
+    def settle(
+        self, outcome: str = "done", *retries: object, token: str | None = None, grant: str = "",
+        least_ms: int = 0,
+    ) -> str:
         s = self.stamp
         return self.node.bench.scripts.settle(
-            s.incarnation, s.slot, s.entry, s.epoch, token or self.token, outcome, *retries
+            s.incarnation, s.slot, s.entry, s.epoch, token or self.token, outcome, *retries,
+            grant=grant, least_ms=least_ms,
         )
 
-    def discard(self, verdict: str, reason: str = "") -> int:
+    def decline(self, token: str) -> bool:
+        s = self.stamp
+        return self.node.bench.scripts.decline(s.incarnation, s.slot, s.entry, s.epoch, token)
+
+    def discard(self, verdict: str, reason: str = "", alone: bool = False) -> int:
         s = self.stamp
         return self.node.bench.scripts.discard(
-            s.incarnation, s.slot, s.entry, s.epoch, s.send, verdict, reason
+            s.incarnation, s.slot, s.entry, s.epoch, s.send, verdict, reason, alone
         )
 
     def lost(self) -> str:

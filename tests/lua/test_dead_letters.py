@@ -225,10 +225,7 @@ def test_a_letter_whose_caller_was_not_told_is_not_purged(bench: Bench) -> None:
 
 
 def test_by_default_a_failed_task_is_settled_and_nothing_is_buried(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1, 2)
-    bench.admit_all()
+    node = bench.opening(1, 2)
     assert fail(node.take()) == "held"
     assert node.drain_all() == ["a-2"]
     assert leftovers(bench) == []
@@ -333,10 +330,7 @@ def test_other_letters_of_a_blocked_tag_do_not_unblock_it(bench: Bench) -> None:
 def test_with_more_concurrency_a_tag_is_blocked_until_each_of_its_failures_is_dealt_with(
     bench: Bench,
 ) -> None:
-    bench.lead(concurrency=3, failure=BLOCK)
-    node = bench.node("n", slots=3)
-    bench.send("a", 1, 2, 3, 4, 5)
-    bench.admit_all()
+    node = bench.opening(1, 2, 3, 4, 5, slots=3, concurrency=3, failure=BLOCK)
     running = []
     for _ in range(3):
         running.append(node.take())
@@ -371,10 +365,7 @@ def test_a_task_that_is_buried_for_another_reason_halts_its_tag_too(bench: Bench
 
 
 def test_a_task_that_ran_into_its_time_limit_halts_its_tag(bench: Bench) -> None:
-    bench.lead(failure=BLOCK)
-    node = bench.node("n")
-    bench.send("a", 1, 2)
-    bench.admit_all()
+    node = bench.opening(1, 2, failure=BLOCK)
     copy = node.take()
     copy.start()
     s = copy.stamp
@@ -406,10 +397,7 @@ def test_a_halted_tag_stays_so_when_the_policy_is_given_up_until_it_is_resumed(
 
 
 def test_an_ordered_retry_of_another_lease_does_not_end_a_halt(bench: Bench) -> None:
-    bench.lead(concurrency=2, failure=BLOCK, ordered=60_000)
-    node = bench.node("n", slots=2)
-    bench.send("a", 1, 2, 3)
-    bench.admit_all()
+    node = bench.opening(1, 2, 3, slots=2, concurrency=2, failure=BLOCK, ordered=60_000)
     failing = node.take()
     failing.start()
     retrying = node.take()

@@ -33,10 +33,7 @@ def test_a_lease_passes_on_after_its_batch_if_another_tag_waits(bench: Bench) ->
 
 
 def test_a_lease_is_extended_in_place_while_no_other_tag_waits(bench: Bench) -> None:
-    bench.lead(batch=3)
-    node = bench.node("n")
-    bench.send("a", *range(9))
-    bench.admit()
+    node = bench.opening(*range(9), batch=3)
     epochs = set()
     while copy := node.receive():
         epochs.add(copy.stamp.epoch)
@@ -175,10 +172,7 @@ def test_due_times_of_any_zone_are_read_alike(bench: Bench) -> None:
 def test_with_concurrency_nothing_is_dispatched_past_an_entry_that_has_not_started(
     bench: Bench,
 ) -> None:
-    bench.lead(concurrency=3)
-    node = bench.node("n", slots=4)
-    bench.send("a", *range(4))
-    bench.admit()
+    node = bench.opening(*range(4), slots=4, concurrency=3)
     first = node.take()
     first.start()
     second = node.take()

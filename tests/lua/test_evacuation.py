@@ -79,10 +79,7 @@ def test_an_evacuated_queue_takes_nothing_in_and_dispatches_nothing_before_it_re
 
 
 def test_what_runs_is_waited_for_and_its_retry_is_written_back_last(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1, 2)
-    bench.admit_all()
+    node = bench.opening(1, 2)
     copy = node.take()
     assert copy.start() == 1
 
@@ -100,10 +97,7 @@ def test_what_runs_is_waited_for_and_its_retry_is_written_back_last(bench: Bench
 
 
 def test_what_a_worker_held_that_is_lost_meanwhile_is_written_back_too(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n", depth=2)
-    bench.send("a", 1, 2, 3)
-    bench.admit_all()
+    node = bench.opening(1, 2, 3, depth=2)
     assert node.take().start() == 1
     assert run(bench).running == 1
 

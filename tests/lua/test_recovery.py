@@ -40,6 +40,20 @@ def test_a_rescue_in_steps_gives_back_all_of_it(bench: Bench) -> None:
     assert sorted(node.drain_all()) == sorted(f"{t}-{n}" for t in "abcde" for n in (1, 2))
 
 
+def test_a_rescue_that_its_leader_left_half_way_goes_on_at_once_under_the_next(bench: Bench) -> None:
+    bench.lead()
+    bench.node("lost", slots=2, timeout_ms=5000)
+    for tag in "ab":
+        bench.send(tag, 1)
+    bench.admit()
+    bench.overdue("lost")
+    assert bench.scripts.rescue("q", bench.fence, 1)[4] == 1
+    # The next one knows nothing of the time before: the heartbeats of all others count as new.
+    assert bench.scripts.rebase("q", bench.fence)
+    assert bench.scripts.rescue("q", bench.fence, 50)[:3:2] == [1, b"lost"]
+    assert sorted(bench.node("n", slots=2).drain_all()) == ["a-1", "b-1"]
+
+
 def test_the_dead_workers_warm_slot_is_not_offered_to_anybody(bench: Bench) -> None:
     bench.lead()
     lost = bench.node("lost")
@@ -57,10 +71,7 @@ def test_the_dead_workers_warm_slot_is_not_offered_to_anybody(bench: Bench) -> N
 def test_a_message_that_never_arrived_is_sent_again_and_its_older_copy_refused(
     bench: Bench,
 ) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1)
-    bench.admit()
+    node = bench.opening(1)
     first = node.take()
     assert node.beat(1, grace_ms=60_000) == (True, 0, 0), "not before the grace is over"
     assert node.beat(2, [first]) == (True, 0, 0), "not while the node holds it"
@@ -202,10 +213,7 @@ def test_an_ordinary_task_sends_its_slots_unstarted_lease_to_a_free_one(bench: B
 
 
 def test_without_a_free_slot_an_unstarted_lease_waits_for_the_ordinary_task(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1)
-    bench.admit()
+    node = bench.opening(1)
     copy = node.take()
     bench.scripts.occupy("n", 0, "t")
     assert copy.start() == 1
@@ -227,10 +235,7 @@ def test_a_new_process_frees_its_slot_of_an_ordinary_task(bench: Bench) -> None:
 
 
 def test_an_ordinary_task_in_a_full_pool_gets_the_next_slot_that_is_free(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n", slots=1)
-    bench.send("a", 1)
-    bench.admit()
+    node = bench.opening(1, slots=1)
     copy = node.take()
     copy.start()
     bench.scripts.occupy("n", None, "t")

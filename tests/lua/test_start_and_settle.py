@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
+import pytest
+
 from celery_affinity.scripts import Scripts
 
 from .conftest import Bench
 
 
 def test_a_started_entry_refuses_a_second_token(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1)
-    bench.admit()
+    node = bench.opening(1)
     copy = node.take()
     assert copy.start("one") == 1
     assert copy.start("two") == -3
 
 
+@pytest.mark.proves(
+    "28: the reply to a start is lost",
+    "the repeat gets the same answer",
+)
 def test_a_repeated_start_gets_the_same_answer(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1)
-    bench.admit()
+    node = bench.opening(1)
     copy = node.take()
     assert [copy.start("one") for _ in range(3)] == [1, 1, 1]
     assert copy.settle() == "empty"
 
 
 def test_a_stale_epoch_or_send_number_is_refused(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1)
-    bench.admit()
+    node = bench.opening(1)
     copy = node.take()
     assert copy.start(epoch="1") == -1
     assert copy.start(send="0") == -2
@@ -39,10 +36,7 @@ def test_a_stale_epoch_or_send_number_is_refused(bench: Bench) -> None:
 
 
 def test_a_refused_copy_changes_nothing(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1, 2)
-    bench.admit()
+    node = bench.opening(1, 2)
     copy = node.take()
     copy.start("one")
     before = _state(bench)
@@ -52,11 +46,12 @@ def test_a_refused_copy_changes_nothing(bench: Bench) -> None:
     assert copy.settle(token="one") == "held"
 
 
+@pytest.mark.proves(
+    "28: the reply to a settle is lost",
+    "the repeat gets the same answer, and counts once",
+)
 def test_a_repeated_settle_gets_the_same_answer_and_counts_once(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1, 2)
-    bench.admit()
+    node = bench.opening(1, 2)
     first = node.take()
     first.start()
     assert [first.settle() for _ in range(3)] == ["held"] * 3
@@ -66,20 +61,14 @@ def test_a_repeated_settle_gets_the_same_answer_and_counts_once(bench: Bench) ->
 
 
 def test_settle_hands_the_slot_its_next_message(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", *range(5))
-    bench.admit()
+    node = bench.opening(*range(5))
     assert node.drain_all() == [f"a-{n}" for n in range(5)]
 
 
 def test_the_second_message_of_a_lease_cannot_start_before_the_first_is_settled(
     bench: Bench,
 ) -> None:
-    bench.lead()
-    node = bench.node("n", depth=2)
-    bench.send("a", 1, 2, 3)
-    bench.admit()
+    node = bench.opening(1, 2, 3, depth=2)
     first, second = node.take(), node.take()
     assert second.start() == -4
     assert first.start() == 1
@@ -89,10 +78,7 @@ def test_the_second_message_of_a_lease_cannot_start_before_the_first_is_settled(
 
 
 def test_a_retry_is_part_of_settle_and_goes_to_the_back(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1, 2)
-    bench.admit()
+    node = bench.opening(1, 2)
     copy = node.take()
     copy.start()
     raw = bench.client.hget(bench.queue_key("m"), copy.stamp.entry)
@@ -101,10 +87,7 @@ def test_a_retry_is_part_of_settle_and_goes_to_the_back(bench: Bench) -> None:
 
 
 def test_a_rejected_message_goes_to_the_back(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1, 2)
-    bench.admit()
+    node = bench.opening(1, 2)
     copy = node.take()
     copy.start()
     copy.settle("again")
@@ -112,10 +95,7 @@ def test_a_rejected_message_goes_to_the_back(bench: Bench) -> None:
 
 
 def test_a_retry_with_a_due_time_waits_outside_the_backlog(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1)
-    bench.admit()
+    node = bench.opening(1)
     copy = node.take()
     copy.start()
     raw = bench.client.hget(bench.queue_key("m"), copy.stamp.entry)
@@ -127,10 +107,7 @@ def test_a_retry_with_a_due_time_waits_outside_the_backlog(bench: Bench) -> None
 
 
 def test_a_discarded_message_frees_its_slot_for_the_next(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1, 2)
-    bench.admit()
+    node = bench.opening(1, 2)
     s = node.take().stamp
     args = (s.incarnation, s.slot, s.entry, s.epoch, s.send)
     assert bench.scripts.discard(*args, "bury", "unknown task")
@@ -140,10 +117,7 @@ def test_a_discarded_message_frees_its_slot_for_the_next(bench: Bench) -> None:
 
 
 def test_a_started_message_cannot_be_discarded(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1)
-    bench.admit()
+    node = bench.opening(1)
     copy = node.take()
     copy.start()
     s = copy.stamp
@@ -154,10 +128,7 @@ def test_a_started_message_cannot_be_discarded(bench: Bench) -> None:
 def test_an_entry_whose_process_is_lost_too_often_is_buried_and_its_tag_goes_on(
     bench: Bench,
 ) -> None:
-    bench.lead(deliveries=2)
-    node = bench.node("n")
-    bench.send("a", 1, 2)
-    bench.admit()
+    node = bench.opening(1, 2, deliveries=2)
     verdicts = []
     for _ in range(2):
         copy = node.take()
@@ -170,10 +141,7 @@ def test_an_entry_whose_process_is_lost_too_often_is_buried_and_its_tag_goes_on(
 
 
 def test_a_lost_process_whose_task_had_settled_changes_nothing(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1)
-    bench.admit()
+    node = bench.opening(1)
     copy = node.take()
     copy.run()
     s = copy.stamp
@@ -182,10 +150,7 @@ def test_a_lost_process_whose_task_had_settled_changes_nothing(bench: Bench) -> 
 
 
 def test_a_task_that_its_parent_ended_settles_when_its_process_is_replaced(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", 1, 2)
-    bench.admit()
+    node = bench.opening(1, 2)
     copy = node.take()
     copy.start()
     s = copy.stamp
@@ -204,10 +169,7 @@ def test_calls_over_an_own_connection_survive_its_loss_and_an_emptied_script_cac
     bench: Bench,
 ) -> None:
     bench.scripts = Scripts(bench.client, bench.scripts.keys, single_threaded=True)
-    bench.lead()
-    node = bench.node("n")
-    bench.send("a", *range(3))
-    bench.admit()
+    node = bench.opening(*range(3))
     ran = []
     for trouble in (lambda: None, bench.client.script_flush, bench.scripts._connection.disconnect):
         copy = node.take()
@@ -220,10 +182,7 @@ def test_calls_over_an_own_connection_survive_its_loss_and_an_emptied_script_cac
 
 
 def test_nothing_starts_while_the_heartbeat_is_late(bench: Bench) -> None:
-    bench.lead()
-    node = bench.node("n", timeout_ms=60_000)
-    bench.send("a", 1)
-    bench.admit_all()
+    node = bench.opening(1, timeout_ms=60_000)
     copy = node.take()
     bench.overdue("n", 29_000)
     assert copy.start("token", least_ms=30_000) == -5
