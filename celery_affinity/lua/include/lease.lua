@@ -33,6 +33,7 @@ local function save_lease(l)
       set[#set + 1] = v
     end
   end
+  if l.began then set[#set + 1] = 'began'; set[#set + 1] = text(l.began) end
   local gone = {}
   for k = 1, 2 do
     local o = l.out[k]
