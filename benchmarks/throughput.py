@@ -37,8 +37,8 @@ _TWO, _FOUR = Pool(2, 1), Pool(1, 4)
 _THREADS, _GREENLETS = Pool(1, 4, "threads"), Pool(1, 20, "gevent")
 #: Sleeping tasks vary less and take longer, so there are fewer of them.
 CASES = (
-    Case("no-op", _TWO, 0, 2000, (*_ALL, "batch")),
-    Case("no-op", _FOUR, 0, 2000, (*_ALL, "batch")),
+    Case("no-op", _TWO, 0, 6000, (*_ALL, "batch")),
+    Case("no-op", _FOUR, 0, 6000, (*_ALL, "batch")),
     Case("no-op", _THREADS, 0, 1200),
     Case("no-op", _GREENLETS, 0, 1200),
     Case("1 ms", _TWO, 0.001, 1000, _ALL),

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from celery import Celery
 
+from celery_affinity import Affinity, AffinityQueue
+from celery_affinity.embedded import Server
 from celery_affinity.message import envelope
+from celery_affinity.operator_scripts import OperatorScripts
 
 from .conftest import Bench, Copy
 
@@ -54,6 +58,11 @@ def started(bench: Bench, count: int, depth: int = 1, **limits: int) -> Copy:
 
 def entries(bench: Bench) -> list[int]:
     return sorted(int(e) for e in bench.client.hkeys(bench.queue_key("m")))
+
+
+@pytest.fixture
+def operator(bench: Bench) -> OperatorScripts:
+    return OperatorScripts(bench.client, bench.scripts.keys)
 
 
 def settled(bench: Bench) -> int:
@@ -331,3 +340,163 @@ def test_a_tag_with_several_leases_starts_in_order(bench: Bench) -> None:
     assert take(second) == (1, [3, 4, 5])
     assert settle(second, *done(2, 3, 4, 5)) == "empty"
 
+
+# Under a start that a settle has granted
+
+
+def granted(bench: Bench, token: str = "granted?") -> Copy:
+    """The second of six entries: its start was granted, and three more have joined it."""
+    first = started(bench, 6, depth=2, batch=4)
+    second = first.node.take()
+    assert first.settle(grant=token) == f"held {second.stamp.entry}"
+    second.token = token
+    assert first.node.take().id == "a-3", "this one was on its way already"
+    assert take(second) == (1, [3, 4, 5])
+    return second
+
+
+def test_a_call_under_a_granted_start_has_begun_for_everybody(bench: Bench) -> None:
+    second = granted(bench)
+    node = second.node
+    assert node.beat(1)[:2] == (True, 0), "not sent again"
+    assert node.receive() is None
+    assert second.discard("settle", "expired", alone=True) == 0
+    assert not second.decline(second.token)
+    assert bench.scripts.drain("n") == 0
+    assert settle(second, *done(2, 3, 4, 5)) == "drained"
+    assert entries(bench) == [6]
+
+
+def test_a_lost_call_under_a_granted_start_counts_for_each_of_its_entries(bench: Bench) -> None:
+    second = granted(bench)
+    assert bench.scripts.process_up("n", 0)
+    assert bench.client.hgetall(bench.queue_key("att")) == {str(e).encode(): b"1" for e in range(2, 6)}
+    again = second.node.take()
+    assert (again.id, again.stamp.attempt, bench.backlog("a")[:3]) == ("a-2", 2, [3, 4, 5])
+
+
+def test_a_repeated_question_for_a_granted_start_changes_nothing_of_its_call(bench: Bench) -> None:
+    second = granted(bench)
+    assert second.start(second.token) == 1
+    assert take(second) == (1, [3, 4, 5])
+    assert settle(second, *done(2, 3, 4, 5)) == "held"
+
+
+# Operators
+
+
+def test_nothing_joins_while_the_queue_is_paused(bench: Bench, operator: OperatorScripts) -> None:
+    first = started(bench, 3)
+    operator.pause("q")
+    assert take(first) == (1, [])
+    assert first.settle() == "batch"
+    assert first.node.receive() is None
+    bench.scripts.resume("q")
+    assert first.node.drain_all() == ["a-2", "a-3"]
+
+
+def test_nothing_joins_while_the_tag_is_paused(bench: Bench, operator: OperatorScripts) -> None:
+    first = started(bench, 3)
+    operator.pause_tag("q", "a")
+    assert take(first) == (1, [])
+    assert first.settle() == "halted"
+    operator.resume_tag("q", "a")
+    assert first.node.drain_all() == ["a-2", "a-3"]
+
+
+def test_nothing_of_a_tag_that_is_on_its_way_elsewhere_joins(
+    bench: Bench, operator: OperatorScripts
+) -> None:
+    first = started(bench, 3)
+    other = bench.node("m")
+    assert operator.move("q", "a", "m", 60) == 1
+    assert take(first) == (1, [])
+    assert first.settle() == "batch"
+    second = other.take()
+    assert (second.id, second.start(), take(second)) == ("a-2", 1, (1, [3]))
+
+
+def test_a_lease_of_more_than_the_tag_may_have_now_takes_nothing(
+    bench: Bench, operator: OperatorScripts
+) -> None:
+    bench.lead(concurrency=2)
+    one, two = bench.node("one"), bench.node("two")
+    bench.send("a", *range(1, 6))
+    bench.admit()
+    first = one.receive() or two.take()
+    first.start()
+    second = one.receive() or two.take()
+    second.start()
+    operator.limit("q", "a", 1, "set")
+    assert [take(first), take(second)] == [(1, []), (1, [])]
+    assert first.settle() == "batch"
+    assert second.settle() == "batch"
+    node = next(node for node in (one, two) if bench.client.exists(node.list))
+    third = node.take()
+    third.start()
+    assert take(third) == (1, [4, 5])
+
+
+def test_a_call_that_runs_is_not_reached_by_operators_and_the_tag_stands_behind_it(
+    bench: Bench, operator: OperatorScripts
+) -> None:
+    first = started(bench, 5, batch=3)
+    assert take(first) == (1, [2, 3])
+    assert operator.pause_tag("q", "a")
+    assert operator.purge_tag("q", "token", "a", 4, 100, []) == (1, False), "4 has waited"
+    assert entries(bench) == [1, 2, 3, 5]
+    assert operator.limit("q", "a", 3, "set")[0]
+    assert take(first) == (1, [2, 3])
+    assert settle(first, *done(1, 2, 3)) == "halted"
+    assert (entries(bench), first.node.receive()) == ([5], None)
+    operator.resume_tag("q", "a")
+    assert first.node.drain_all() == ["a-5"]
+
+
+def test_of_a_revoked_tag_nothing_joins_but_what_came_later(
+    bench: Bench, operator: OperatorScripts
+) -> None:
+    first = started(bench, 3)
+    assert operator.revoke_tag("q", "a") == (2, [1])
+    bench.send("a", 4, 5)
+    bench.admit_all()
+    assert take(first) == (1, [])
+    first.settle()
+    for name in ("a-2", "a-3"):
+        told = first.node.take()
+        assert (told.id, told.discard("settle", "revoked")) == (name, 1)
+    fourth = first.node.take()
+    fourth.start()
+    assert take(fourth) == (1, [5])
+
+
+def test_a_revoke_of_a_tag_names_all_that_runs(bench: Bench, operator: OperatorScripts) -> None:
+    """So that none of it is retried."""
+    first = started(bench, 5, batch=3)
+    take(first)
+    assert operator.revoke_tag("q", "a") == (2, [1, 2, 3])
+
+
+def test_ordered_retries_of_a_call_whose_tag_was_paused_wait_for_the_last_of_them(
+    bench: Bench, operator: OperatorScripts
+) -> None:
+    first = started(bench, 3, ordered=60_000)
+    take(first)
+    now = bench.now_ms()
+    operator.pause_tag("q", "a")
+    assert settle(
+        first, (1, "done", [bench.retry_of(first), now + 9_000]),
+        (2, "done", [bench.retry_of(first), now + 5_000]), *done(3),
+    ) == "halted"
+    assert operator.resume_tag("q", "a")
+    assert bench.client.zscore(bench.queue_key("hold"), "a") == now + 9_000
+
+
+def test_all_of_a_call_are_explained_as_running(
+    bench: Bench, shared_server: Server, namespace: str
+) -> None:
+    take(started(bench, 5, batch=3))
+    app = Celery("reads", broker=shared_server.url(), set_as_current=False)
+    affinity = Affinity(app, queues=[AffinityQueue("q")], namespace=namespace)
+    states = [affinity.explain_task(f"a-{number}").state for number in range(1, 5)]
+    assert states == ["running", "running", "running", "waiting"]

@@ -102,6 +102,7 @@ class World:
         args = (s.incarnation, s.slot, s.entry, s.epoch, copy.token, 0, "t", 10**6)
         code, found = self.bench.scripts.take(*args)
         assert code == 1
+        assert not (found and self.paused & {copy.tag, None}), f"{copy.tag} is paused"
         if self.rng.random() < 0.2 and found:
             assert self.bench.scripts.take(*args) == (1, found), "a repeat gets the same answer"
         self.mates[copy.token] = [(entry, json.loads(raw)["headers"]["id"]) for entry, raw in found]
