@@ -61,6 +61,8 @@ def ledger_of(server: Server, size: Size, namespace: str = "") -> ScriptedLedger
     ledger = ScriptedLedger(server.client(), queue, namespace or str(size))
     ledger.lead()
     ledger.fill(size.waiting, size.tags)
+    # Whether there are long backlogs (16 tasks and more) is noted once.
+    ledger.client.hset(ledger.scripts.keys.queue(QUEUE, "conf"), "marks", "1")
     for number in range(size.workers):
         ledger.node(f"node-{number}")
     return ledger
