@@ -190,6 +190,7 @@ class Gate:
         self._announce()
         answer = self._start(stamp, run.token)
         if answer != 1:
+            self._briefly(lambda: self._scripts.refused(stamp.state))
             logger.debug(
                 "Refused a copy of task %s (%s).",
                 uuid,

@@ -7,6 +7,7 @@ local function admit_entry(q, raw, tag, eta)
     redis.call('ZADD', queue_key(q, 'eta'), text(eta), entry .. ':' .. tag)
   else
     redis.call('RPUSH', backlog_key(q, tag), entry)
+    if is_sampled(entry) then redis.call('HSET', queue_key(q, 'joined'), entry, text(NOW)) end
   end
   return entry
 end
