@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from celery_affinity.exceptions import ConfigurationError, UndeclaredQueueError
+from celery_affinity.exporter import exporter
 
 __all__ = ("affinity",)
 
@@ -16,6 +17,9 @@ __all__ = ("affinity",)
 @click.group()
 def affinity() -> None:
     """Operate affinity queues."""
+
+
+affinity.add_command(exporter)
 
 
 @affinity.command()
