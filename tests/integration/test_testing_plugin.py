@@ -1,0 +1,142 @@
+"""Laws of the pytest plugin for users, in a pytest of its own: as theirs, it runs no code of these tests."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHOP = Path(__file__).parent / "testing_shop"
+
+pytestmark = pytest.mark.acceptance
+
+CONFTEST = '''
+import time
+import pytest
+from celery import Celery
+from celery_affinity import Affinity, AffinityQueue, affinity_task
+
+app = Celery("inner")
+Affinity(app, queues=[AffinityQueue("jobs", tag_concurrency={"loose": 3, "default": 1})])
+
+@pytest.fixture(scope="session")
+def affinity_app(affinity_broker):
+    app.conf.update(broker_url=affinity_broker, result_backend=affinity_broker)
+    return app
+
+@affinity_task(queue="jobs", tag_from="tag", name="inner.nap")
+def nap(tag, seconds):
+    time.sleep(seconds)
+
+@affinity_task(queue="jobs", tag_from="tag", bind=True, name="inner.again")
+def again(self, tag):
+    if not self.request.retries:
+        raise self.retry(countdown=0)
+
+@affinity_task(queue="jobs", tag_from="tag", name="inner.boom")
+def boom(tag):
+    raise ValueError("boom")
+'''
+
+TESTS = '''
+import time
+import pytest
+from conftest import again, boom, nap
+from celery_affinity.testing import running_worker
+
+def send(*tags, seconds=0.05):
+    for tag in tags:
+        nap.delay(tag, seconds)
+
+def test_it_writes_down_all_that_happens(affinity_worker, affinity_history):
+    send("a", "a", "b", seconds=0)
+    again.delay("a")
+    boom.delay("b")
+    affinity_worker.wait_until_idle()
+    runs = affinity_history.history.runs
+    assert sorted((run.tag, run.seq, run.outcome) for run in runs) == [
+        ("a", 1, "ok"), ("a", 2, "ok"), ("a", 3, "ok"), ("a", 3, "retry"), ("b", 1, "ok"),
+        ("b", 2, "failed"),
+    ]
+    assert {run.worker for run in runs} == {affinity_worker.name}
+    affinity_history.assert_lawful()
+
+def test_it_convicts_tasks_that_ran_at_once(affinity_worker, affinity_history):
+    send("loose", "loose", "loose", seconds=0.3)
+    affinity_worker.wait_until_idle()
+    with pytest.raises(AssertionError, match="overlap of 'loose'"):
+        affinity_history.assert_lawful()
+    affinity_history.assert_lawful(concurrency=3)
+
+def test_it_convicts_a_task_that_did_not_end(affinity_worker, affinity_history):
+    nap.apply_async(("a", 0), countdown=60)
+    with pytest.raises(AssertionError, match=r"1 entries \\(1 due later\\)"):
+        affinity_worker.wait_until_idle(0.5)
+    with pytest.raises(AssertionError, match="loss of 'a': seq 1 never started"):
+        affinity_history.assert_lawful()
+
+def test_what_a_test_leaves_does_not_reach_the_next_one(affinity_worker):
+    assert affinity_worker.affinity.stats("jobs").entries == 0
+    send("a", "a", "a", seconds=0.3)
+    while affinity_worker.affinity.stats("jobs").held_tags == 0:
+        time.sleep(0.01)
+
+def test_the_next_one(affinity_worker, affinity_history):
+    affinity_worker.wait_until_idle(1)
+    assert affinity_history.history.runs == []
+
+def test_a_worker_has_as_many_slots_as_asked_for(affinity_app):
+    with running_worker(affinity_app, concurrency=1) as worker:
+        (record,) = worker.affinity.workers()
+        assert len(record.slots) == 1 and record.name == worker.name
+    assert worker.affinity.workers() == []
+'''
+
+
+def run_pytest(folder: Path) -> subprocess.CompletedProcess[str]:
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "AFFINITY"))}
+    # By its name: with the library installed, pytest would find the plugin by itself.
+    return subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(folder),
+            "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "celery_affinity.testing", str(folder),
+        ],
+        cwd=folder, env={**environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=100,
+    )
+
+
+def test_the_tests_of_the_howto_pass(server_binary: Path, tmp_path: Path) -> None:
+    shutil.copytree(SHOP, tmp_path, dirs_exist_ok=True)  # away from these tests' conftest
+    done = run_pytest(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 passed" in done.stdout
+
+
+def test_the_fixtures_keep_what_they_promise(server_binary: Path, tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "test_inner.py").write_text(TESTS)
+    done = run_pytest(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 passed" in done.stdout
+
+
+def test_without_an_app_the_fixture_says_what_to_define(server_binary: Path, tmp_path: Path) -> None:
+    (tmp_path / "test_inner.py").write_text("def test_it(affinity_eager): ...\n")
+    done = run_pytest(tmp_path)
+    assert done.returncode == 1
+    assert "the fixture affinity_app is yours to define" in done.stdout
+
+
+def test_pytest_finds_the_plugin_under_the_name_of_its_module() -> None:
+    """So that naming it with -p, too, does not register it twice."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    found = config["options.entry_points"]["pytest11"].strip()
+    assert found == "celery_affinity.testing = celery_affinity.testing"
