@@ -32,7 +32,11 @@ def affinity_app(affinity_broker):
 
 @affinity_task(queue="jobs", tag_from="tag", name="inner.nap")
 def nap(tag, seconds):
+    naps.append("started")
     time.sleep(seconds)
+    naps.append("ended")
+
+naps = []
 
 @affinity_task(queue="jobs", tag_from="tag", bind=True, name="inner.again")
 def again(self, tag):
@@ -47,7 +51,7 @@ def boom(tag):
 TESTS = '''
 import time
 import pytest
-from conftest import again, boom, nap
+from conftest import again, boom, nap, naps
 from celery_affinity.testing import running_worker
 
 def send(*tags, seconds=0.05):
@@ -83,11 +87,13 @@ def test_it_convicts_a_task_that_did_not_end(affinity_worker, affinity_history):
 
 def test_what_a_test_leaves_does_not_reach_the_next_one(affinity_worker):
     assert affinity_worker.affinity.stats("jobs").entries == 0
-    send("a", "a", "a", seconds=0.3)
-    while affinity_worker.affinity.stats("jobs").held_tags == 0:
+    naps.clear()
+    send("a", "a", "a", seconds=2)
+    while not naps:
         time.sleep(0.01)
 
 def test_the_next_one(affinity_worker, affinity_history):
+    assert naps == ["started", "ended"]
     affinity_worker.wait_until_idle(1)
     assert affinity_history.history.runs == []
 
