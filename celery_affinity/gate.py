@@ -45,6 +45,7 @@ from celery_affinity.context import AffinityContext
 from celery_affinity.events import tag_acquired, tag_released
 from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp, tag_text
 from celery_affinity.scripts import Scripts
+from celery_affinity.tracing import spans_around
 from celery_affinity.watchdog import seconds
 
 __all__ = ("REFUSED", "Gate", "Run", "current_run")
@@ -160,6 +161,7 @@ class Gate:
 
     def around(self, tracer: Tracer) -> Tracer:
         """The tracer behind this gate."""
+        tracer = spans_around(tracer)
 
         def gated(uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
             stamp = Stamp.parse(request.pop(STAMP_HEADER, None)) if request else None

@@ -43,6 +43,12 @@ def again(self, tag):
     if not self.request.retries:
         raise self.retry(countdown=0)
 
+@affinity_task(queue="jobs", tag_from="tag", bind=True, name="inner.headers")
+def headers(self, tag, retries):
+    if self.request.retries < retries:
+        raise self.retry(countdown=0)
+    return [self.request.get(name) for name in ("traceparent", "tracestate", "baggage")]
+
 @affinity_task(queue="jobs", tag_from="tag", name="inner.boom")
 def boom(tag):
     raise ValueError("boom")
@@ -51,7 +57,7 @@ def boom(tag):
 TESTS = '''
 import time
 import pytest
-from conftest import again, boom, nap, naps
+from conftest import again, app, boom, headers, nap, naps
 from celery_affinity.testing import running_worker
 
 def send(*tags, seconds=0.05):
@@ -97,6 +103,47 @@ def test_the_next_one(affinity_worker, affinity_history):
     affinity_worker.wait_until_idle(1)
     assert affinity_history.history.runs == []
 
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+CONTEXT = {"traceparent": TRACE, "tracestate": "a=1,b=2", "baggage": "who=me"}
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_trace_context_passes_the_ledger_unchanged(affinity_worker, retries):
+    sent = headers.apply_async(("a", retries), headers=CONTEXT)
+    assert sent.get(timeout=10) == list(CONTEXT.values())
+
+def test_so_it_does_from_a_producer_without_the_library_and_for_what_is_due_later(affinity_worker):
+    sent = app.send_task(
+        "inner.headers", ("a", 0), queue="jobs", headers={**CONTEXT, "identify_tag": "a"}, countdown=0.3
+    )
+    assert sent.get(timeout=10) == list(CONTEXT.values())
+
+def test_without_a_provider_nothing_is_added(affinity_worker):
+    assert headers.delay("a", 0).get(timeout=10) == [None, None, None]
+
+def test_a_task_has_spans_for_its_wait_and_its_run_in_its_producers_trace(affinity_worker):
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    with provider.get_tracer("test").start_as_current_span("request") as request:
+        headers.delay("a", 0)
+        boom.delay("a")
+    affinity_worker.wait_until_idle()
+    spans = [span for span in exporter.get_finished_spans() if span.name != "request"]
+    assert [span.name for span in spans] == ["affinity wait", "affinity run"] * 2
+    for span in spans:
+        assert span.parent.span_id == request.get_span_context().span_id
+        assert span.attributes["affinity.tag"] == "a"
+        assert span.attributes["messaging.destination.name"] == "jobs"
+        assert span.attributes["affinity.epoch"] > 0
+        assert span.start_time <= span.end_time
+    assert [span.status.is_ok for span in spans] == [True, True, True, False]
+
 def test_a_worker_has_as_many_slots_as_asked_for(affinity_app):
     with running_worker(affinity_app, concurrency=1) as worker:
         (record,) = worker.affinity.workers()
@@ -130,7 +177,7 @@ def test_the_fixtures_keep_what_they_promise(server_binary: Path, tmp_path: Path
     (tmp_path / "test_inner.py").write_text(TESTS)
     done = run_pytest(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 passed" in done.stdout
+    assert "11 passed" in done.stdout
 
 
 def test_without_an_app_the_fixture_says_what_to_define(server_binary: Path, tmp_path: Path) -> None:
