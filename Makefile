@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 # What depends on the server: the scripts, dispatch end to end, what is left behind.
 VALKEY_LAWS := $(patsubst %,tests/acceptance/test_%.py,order fairness cleanup)
 
+BENCHMARKS := throughput warmth fairness latency ledger growth
+
 # pytest-celery and the tests start `celery` by its name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -36,11 +38,11 @@ check: $(VENV)/.dev ## Lint, check types and import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev ## Compare with plain Celery: throughput, latency, commands and CPU of a task
-	$(BIN)/python -m benchmarks.run
+bench: $(VENV)/.dev ## Measure all of docs/performance.md, 25 min; ONLY=throughput one of: $(BENCHMARKS)
+	set -e; for name in $(or $(ONLY),$(BENCHMARKS)); do $(BIN)/python -m benchmarks.$$name; done
 
 clean: ## Remove .venv and everything that was generated
-	rm -rf $(VENV) build dist *.egg-info demo/var benchmarks/raw .*_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info demo/var .*_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each set of extras, so that a second run installs nothing.

@@ -1,24 +1,46 @@
-"""Real `celery` subprocesses, each in a session of its own; none outlives its `with` block."""
+"""Real `celery` processes, each in a session of its own; none outlives its `with` block.
+
+A worker is a fork of the benchmark, which has Celery's imports done: it starts in a fifth of a
+second instead of one and a half, and runs `celery` itself from there. Monkey-patching has to come
+before the imports, so workers with greenlets are started afresh. All contestants alike.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from celery_affinity.embedded import die_with_parent
 
-__all__ = ("ROOT", "Nodes", "cpu_seconds", "run_python")
+__all__ = ("ROOT", "Nodes", "Publisher", "cpu_seconds")
 
 ROOT = Path(__file__).resolve().parent.parent
 _GONE_SECONDS = 10.0
+_IMPORTS = (
+    "celery.apps.beat",
+    "celery.apps.worker",
+    "celery.bin.celery",
+    "celery.concurrency.prefork",
+    "celery.concurrency.thread",
+    "celery.worker.consumer",
+    "celery.worker.loops",
+    "celery.worker.strategy",
+    "kombu.asynchronous.hub",
+    "kombu.transport.redis",
+    "celery_affinity.beat",
+)
 
 
 class Nodes:
@@ -32,88 +54,135 @@ class Nodes:
     def __init__(self, environ: Mapping[str, str], directory: Path) -> None:
         self._environ = {**os.environ, "PYTHONPATH": str(ROOT), **environ}
         self._directory = directory
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._pids: dict[str, int] = {}
 
     def __enter__(self) -> Nodes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes.values():
+        for pid in self._pids.values():
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(_GONE_SECONDS)
+                os.killpg(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
         deadline = time.monotonic() + _GONE_SECONDS
-        while any(_group_lives(process.pid) for process in self._processes.values()):
+        while any(_group_lives(pid) for pid in self._pids.values()):
             if time.monotonic() > deadline:
                 raise TimeoutError("a killed process group is still there")
-            time.sleep(0.01)
+            time.sleep(0.005)
 
-    def start(self, name: str, arguments: Sequence[str]) -> None:
+    def start(
+        self, name: str, arguments: Sequence[str], environ: Mapping[str, str] | None = None
+    ) -> None:
         """Start ``celery <arguments>``."""
-        with self._log(name).open("wb") as log:
-            self._processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "celery", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self._directory,
-                env=self._environ,
-                start_new_session=True,
-                preexec_fn=die_with_parent(),
-            )
+        whole = {**self._environ, **(environ or {})}
+        log = str(self._log(name))
+        if "gevent" in arguments:
+            with open(log, "ab") as file:
+                self._pids[name] = subprocess.Popen(
+                    [sys.executable, "-m", "celery", *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    cwd=self._directory,
+                    env=whole,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent(),
+                ).pid
+            return
+        for module in _IMPORTS:
+            importlib.import_module(module)
+        sys.stdout.flush()
+        die = die_with_parent()
+        pid = os.fork()
+        if not pid:
+            _be_celery(arguments, log, str(self._directory), whole, die)
+        self._pids[name] = pid
 
-    def set_environ(self, **values: str) -> None:
-        """Change the environment of what is started from now on."""
-        self._environ.update(values)
-
-    def worker(self, app: str, name: str, concurrency: int) -> None:
-        """Start a worker of the queue "bench", otherwise with defaults."""
+    def worker(
+        self, name: str, queue: str, pool: str, concurrency: int, role: str | None = None
+    ) -> None:
+        """Start a worker of a queue, otherwise with defaults."""
+        app, where = ["-A", "benchmarks.contestants"], ["-Q", queue, "-n", f"{name}@bench"]
+        size = ["-P", pool, "-c", str(concurrency)]
         self.start(
             name,
-            ["-A", app, "worker", "-Q", "bench", "-n", f"{name}@bench", "-c", str(concurrency)],
+            [*app, "worker", *where, *size],
+            {"AFFINITY_ROLE": role} if role else None,
+        )
+
+    def beat(self) -> None:
+        """Start the scheduling beat service."""
+        app, files = ["-A", "benchmarks.contestants"], ["-s", "schedule", "--pidfile="]
+        self.start(
+            "beat",
+            [*app, "beat", "-S", "affinity", *files],
+            {"AFFINITY_ROLE": "scheduler"},
         )
 
     def check(self) -> None:
         """Fail with its log if a process has ended."""
-        for name, process in self._processes.items():
-            if process.poll() is not None:
-                raise RuntimeError(
-                    f"{name} ended with {process.returncode}:\n{self.log_tail(name)}"
-                )
+        for name, pid in self._pids.items():
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                raise RuntimeError(f"{name} ended with {status}:\n{self.logs()}")
 
-    def log_tail(self, name: str, lines: int = 30) -> str:
-        """The end of a process' log."""
-        text = self._log(name).read_text(errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
-
-    def all_logs(self) -> str:
+    def logs(self, lines: int = 30) -> str:
         """The ends of all logs, for an error."""
-        return "\n".join(f"--- {name}\n{self.log_tail(name)}" for name in self._processes)
+        ends = []
+        for name in self._pids:
+            text = self._log(name).read_text(errors="replace")
+            ends.append(f"--- {name}\n" + "\n".join(text.splitlines()[-lines:]))
+        return "\n".join(ends)
 
     def cpu(self) -> tuple[float, float]:
         """CPU seconds so far of the parents, and of their pool processes."""
         parents = children = 0.0
-        for process in self._processes.values():
-            parents += cpu_seconds(process.pid)
-            children += sum(cpu_seconds(child) for child in _children(process.pid))
+        for pid in self._pids.values():
+            parents += cpu_seconds(pid)
+            children += sum(cpu_seconds(child) for child in _children(pid))
         return parents, children
 
     def _log(self, name: str) -> Path:
         return self._directory / f"{name}.log"
 
 
-def run_python(arguments: Sequence[str], environ: Mapping[str, str], timeout_seconds: float) -> str:
-    """Run ``python <arguments>`` to its end; what it prints."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
-        stdout=subprocess.PIPE,
-        timeout=timeout_seconds,
-        check=True,
-        text=True,
-    )
-    return done.stdout
+class Publisher:
+    """A process that publishes for one contestant; see submit.py."""
+
+    def __init__(self, contestant: str, broker: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.submit"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "BENCH_CONTESTANT": contestant,
+                "BENCH_BROKER": broker,
+            },
+            preexec_fn=die_with_parent(),
+        )
+
+    def order(self, do: str, **details: Any) -> None:
+        """Have something done; `answer` waits for its end."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": do, **details}).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> Any:
+        """What came of the last order."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the publisher ended with {self._process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
 
 
 def cpu_seconds(pid: int) -> float:
@@ -122,6 +191,41 @@ def cpu_seconds(pid: int) -> float:
         times = psutil.Process(pid).cpu_times()
         return float(times.user + times.system)
     return 0.0
+
+
+def _be_celery(
+    arguments: Sequence[str], log: str, directory: str, environ: Mapping[str, str], die: Any
+) -> None:
+    """Become `celery` in a fork; never returns."""
+    status = 1
+    try:
+        for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        os.setsid()
+        if die is not None:
+            die()
+        os.closerange(3, 1024)
+        for file, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
+            path = log if file else os.devnull
+            opened = os.open(path, flags | (os.O_APPEND | os.O_CREAT if file else 0), 0o644)
+            os.dup2(opened, file)
+            os.close(opened)
+        os.environ.clear()
+        os.environ.update(environ)
+        os.chdir(directory)
+        sys.argv = ["celery", *arguments]
+        from celery.__main__ import main
+
+        main()
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _children(pid: int) -> Iterator[int]:

@@ -5,9 +5,12 @@ from celery_affinity.context import AffinityContext, current
 from celery_affinity.events import tag_acquired, tag_released
 from celery_affinity.exceptions import (
     AffinityError,
+    AmbiguousQueueError,
     BuriedError,
     ConfigurationError,
     MissingTagError,
+    NoSuchWorkerError,
+    OperationError,
     OwnTagWaitError,
     SchemaVersionError,
     TagError,
@@ -17,12 +20,20 @@ from celery_affinity.guard import refuse_workers_without_affinity
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.task import affinity_task
 from celery_affinity.types import (
+    ChangeRecord,
     DeadLetter,
     EvacuationRecord,
+    Finding,
+    HoldRecord,
     LeaderRecord,
+    PulseRecord,
     QueueStats,
+    QueueStatus,
     SlotRecord,
+    StatusRecord,
+    TagExplanation,
     TagRecord,
+    TaskExplanation,
     WorkerRecord,
 )
 
@@ -42,18 +53,29 @@ __all__ = (
     "tag_acquired",
     "tag_released",
     # records
+    "ChangeRecord",
     "DeadLetter",
     "EvacuationRecord",
+    "Finding",
+    "HoldRecord",
     "LeaderRecord",
+    "PulseRecord",
     "QueueStats",
+    "QueueStatus",
     "SlotRecord",
+    "StatusRecord",
+    "TagExplanation",
     "TagRecord",
+    "TaskExplanation",
     "WorkerRecord",
     # errors
     "AffinityError",
+    "AmbiguousQueueError",
     "BuriedError",
     "ConfigurationError",
     "MissingTagError",
+    "NoSuchWorkerError",
+    "OperationError",
     "OwnTagWaitError",
     "SchemaVersionError",
     "TagError",

@@ -14,42 +14,33 @@ from celery_affinity.appconf import affinity_conf
 from celery_affinity.banner import banner
 from celery_affinity.bootstep import ConsumerStep, WorkerStep
 from celery_affinity.checks import refuse_settings, warnings_of
-from celery_affinity.connection import connect, same_server
+from celery_affinity.connection import same_server
+from celery_affinity.dead_operations import DeadLetterCalls
 from celery_affinity.delivery import Delivery, SameRedisDelivery
 from celery_affinity.detour import to_pending_queue
-from celery_affinity.evacuation import evacuate, resume
 from celery_affinity.exceptions import ConfigurationError, UndeclaredQueueError
-from celery_affinity.exporter import check_metrics_port, scheduler_metrics
+from celery_affinity.exporting import check_metrics_port, scheduler_metrics
 from celery_affinity.failing import fail_buried
 from celery_affinity.foreign import ForeignConsumers, consumed_queues
 from celery_affinity.intake import no_tag
-from celery_affinity.keys import Keys
-from celery_affinity.ledger import Ledger
+from celery_affinity.looking import Looking
 from celery_affinity.message import decoded_body
 from celery_affinity.node import Node
-from celery_affinity.operations import DeadLetterCalls
+from celery_affinity.operations import Operations
 from celery_affinity.options import add_role_option
 from celery_affinity.remote_control import refuse_in_replies, steer
 from celery_affinity.revoking import note_revokes
-from celery_affinity.scripts import Scripts
 from celery_affinity.service import SchedulerService
 from celery_affinity.settings import AffinityQueue, AffinitySettings, resolve
 from celery_affinity.task import TagFrom, declare, derive_tag, pending_queue
 from celery_affinity.topology import RedisNames
-from celery_affinity.types import (
-    EvacuationRecord,
-    LeaderRecord,
-    QueueStats,
-    TagRecord,
-    WorkerRecord,
-)
 
 __all__ = ("Affinity",)
 
 logger = logging.getLogger(__name__)
 
 
-class Affinity(DeadLetterCalls):
+class Affinity(Looking, Operations, DeadLetterCalls):
     """Sticky affinity routing for a Celery app.
 
     Does no I/O and reads no setting before the app is configured and one of them is needed.
@@ -161,68 +152,6 @@ class Affinity(DeadLetterCalls):
     ) -> Any:
         """Declare an affinity task of this app; see `affinity_task`."""
         return declare(self.app.task, fun, tag_from, queue, options)
-
-    # Reading the ledger
-
-    @cached_property
-    def _ledger(self) -> Ledger:
-        return Ledger(connect(self.redis_url), Keys(self.settings.namespace), self.delivery)
-
-    def _declared(self, queue: str) -> AffinityQueue:
-        found = self.settings.queue(queue)
-        if found is None:
-            raise UndeclaredQueueError(queue, self.settings.queue_names)
-        return found
-
-    def stats(self, queue: str) -> QueueStats:
-        """Counts of one affinity queue."""
-        return self._ledger.stats(self._declared(queue))
-
-    def workers(self) -> list[WorkerRecord]:
-        """The registered workers with their slots, by node name."""
-        return self._ledger.workers(self.settings.queues)
-
-    def tags(self, queue: str, limit: int = 100) -> list[TagRecord]:
-        """Tags that hold slots, then those that wait in the order of their turn."""
-        return self._ledger.tags(self._declared(queue), limit)
-
-    def leader(self, queue: str) -> LeaderRecord | None:
-        """Who schedules the queue now; None if nobody does."""
-        return self._ledger.leader(self._declared(queue))
-
-    # Going back
-
-    def evacuate(self, queue: str, timeout: float = 60.0) -> EvacuationRecord:
-        """Stop the queue and write what waits back as the plain Celery messages it was.
-
-        In order per tag, due times included. It stays stopped until `resume`.
-
-        Arguments:
-            timeout: Seconds to wait for running tasks; with some left nothing is moved, and a
-                repeat goes on.
-        """
-        declared = self._declared(queue)
-        return evacuate(
-            self._scripts,
-            declared.state,
-            self.delivery.main_list(declared.pending),
-            lambda: self._ledger.entries(declared),
-            timeout,
-        )
-
-    def resume(self, queue: str) -> None:
-        """Let an evacuated queue take messages in and dispatch again."""
-        declared = self._declared(queue)
-        resume(
-            self._scripts,
-            declared.state,
-            self.delivery.main_list(declared.pending),
-            lambda: self._ledger.entries(declared),
-        )
-
-    @cached_property
-    def _scripts(self) -> Scripts:
-        return Scripts(connect(self.redis_url), Keys(self.settings.namespace))
 
     def _note_revoked(self, ids: list[str]) -> None:
         if self.settings.queues and not self.app.conf.task_always_eager:
@@ -387,8 +316,9 @@ class Affinity(DeadLetterCalls):
         """The worker's pool has stopped."""
         self.stop_scheduling()
         if self.node is not None:
+            self.node.wait_for_own_tasks()
             self.node.close_gates()
-            self.node.reporter.leave()
+            self.node.leave()
             self.node = None
 
     def _on_shutting_down(self, **_: Any) -> None:

@@ -88,26 +88,32 @@ def check_server(client: Redis, logger: logging.Logger) -> None:
             policy,
             extra={"action": "redis_check", "maxmemory_policy": policy},
         )
-    if not _is_persistent(client, info) and url not in _warned:
-        _warned.add(url)
+    if url not in _warned and not _is_persistent(client, info, logger):
         logger.warning(
             "The ledger's Redis keeps nothing across its restart (appendonly no): "
             "tasks that wait are lost with it. CONFIG SET appendonly yes.",
             extra={"action": "redis_check", "appendonly": False},
         )
+    _warned.add(url)
 
 
-def _is_persistent(client: Redis, info: dict[str, object]) -> bool:
+def _is_persistent(client: Redis, info: dict[str, object], logger: logging.Logger) -> bool:
     if info.get("aof_enabled"):
         return True
     try:
         return bool(client.config_get("save").get("save"))
-    except ResponseError:
-        return True  # CONFIG is forbidden: nothing can be said
+    except ResponseError as error:
+        logger.warning(
+            "Whether the ledger's Redis keeps its data across a restart could not be checked (%s). "
+            "Expected: appendonly yes.",
+            error,
+            extra={"action": "redis_check", "appendonly": None},
+        )
+        return True
 
 
 class Reachability:
-    """Logs one line when Redis stops answering, and one when it answers again.
+    """Logs one line when Redis stops answering or refuses, and one when it answers again.
 
     Arguments:
         who: What waits meanwhile, such as "heartbeats".
@@ -130,8 +136,10 @@ class Reachability:
         """A command was not answered."""
         if self._reachable:
             self._reachable = False
+            refuses = isinstance(error, ResponseError)
             self._logger.warning(
-                "Redis does not answer (%s): %s wait.",
+                "Redis %s (%s): %s wait.",
+                "answers with an error" if refuses else "does not answer",
                 error,
                 self._who,
                 extra={"action": "redis_gone"},

@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 __all__ = ("Doorbell",)
+
+#: Seconds to wait where the server refuses to wait for us: its memory is full, or its disk.
+REFUSED_SECONDS = 0.25
 
 
 class Doorbell:
@@ -52,8 +55,8 @@ class Doorbell:
             for one in ready:
                 if one == self._reader:
                     os.read(self._reader, 4096)
-                else:
-                    self._answer(sockets[one])
+                elif not self._answer(sockets[one]):
+                    select.select([self._reader], [], [], max(0.0, min(seconds, REFUSED_SECONDS)))
             return bool(ready)
         except Exception:
             self._hang_up()
@@ -71,10 +74,14 @@ class Doorbell:
         # Bounded on the server, so that a connection whose client vanished frees itself.
         connection.send_command("BLMOVE", key, key, "RIGHT", "RIGHT", 60)
 
-    def _answer(self, key: str) -> None:
+    def _answer(self, key: str) -> bool:
+        """Take what a connection has to say; False if it is that the server refuses."""
         connection = self._armed.pop(key)
         try:
             connection.read_response()
+        except ResponseError:
+            connection.disconnect()
+            return False
         except RedisError:
             # Of an earlier server, maybe: the caller's next command tells whether this one answers.
             connection.disconnect()
@@ -83,6 +90,7 @@ class Doorbell:
             raise
         finally:
             self._pool.release(connection)
+        return True
 
     def _hang_up(self) -> None:
         while self._armed:

@@ -3,7 +3,10 @@
 AffinityError
     ConfigurationError      settings, Redis or queues that the system cannot run with
         UndeclaredQueueError    a task names a queue that no AffinityQueue declares
+        AmbiguousQueueError     several queues are declared, and none was named
         SchemaVersionError      the ledger was written by an incompatible version
+    OperationError          an operator asked for what cannot be done now
+        NoSuchWorkerError       a name fits no registered worker, or several
     TagError                a task without a usable tag (also a ValueError)
         MissingTagError         a task without any
     BuriedError             the result of a task that went to the dead letters
@@ -17,9 +20,12 @@ from click import ClickException
 
 __all__ = (
     "AffinityError",
+    "AmbiguousQueueError",
     "BuriedError",
     "ConfigurationError",
     "MissingTagError",
+    "NoSuchWorkerError",
+    "OperationError",
     "OwnTagWaitError",
     "SchemaVersionError",
     "TagError",
@@ -52,6 +58,29 @@ class UndeclaredQueueError(ConfigurationError):
                 f"AffinityQueue({queue!r}), ...]) or give the task one of the declared queues."
             )
         super().__init__(text)
+
+
+class AmbiguousQueueError(ConfigurationError):
+    """Several queues are declared (or none), and none was named."""
+
+    def __init__(self, declared: list[str]) -> None:
+        names = ", ".join(repr(name) for name in declared) or "none"
+        super().__init__(f"which affinity queue is not said (declared: {names}): name it (--queue)")
+
+
+class OperationError(AffinityError, ClickException):
+    """An operator asked for what cannot be done now."""
+
+
+class NoSuchWorkerError(OperationError):
+    """A worker's name fits none that is registered, or several."""
+
+    def __init__(self, name: str, workers: list[tuple[str, str]]) -> None:
+        known = ", ".join(f"{node!r} ({incarnation})" for node, incarnation in workers) or "none"
+        super().__init__(
+            f"{name!r} names no single worker (candidates: {known}): give a node's whole name, or "
+            "the id in brackets"
+        )
 
 
 class SchemaVersionError(ConfigurationError):

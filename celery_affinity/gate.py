@@ -5,6 +5,7 @@ after the result is stored and the last hook has returned.
 
     message -> start? --refused--> nothing at all happens
                   `--accepted--> tag_acquired (first of a lease) -> tracer -> settle
+                  (or granted by the settle before: starts.py)                   |
                                                     tag_released (last of a lease) <-'
 
 Crash windows:
@@ -32,6 +33,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from itertools import count
+from traceback import format_exc
 from typing import Any
 from uuid import uuid4
 
@@ -45,10 +47,11 @@ from celery_affinity.context import AffinityContext
 from celery_affinity.events import tag_acquired, tag_released
 from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp, tag_text
 from celery_affinity.scripts import Scripts
+from celery_affinity.starts import Starts
 from celery_affinity.tracing import spans_around
 from celery_affinity.watchdog import seconds
 
-__all__ = ("REFUSED", "Gate", "Run", "current_run")
+__all__ = ("REFUSED", "Gate", "Run", "Tracer", "current_run")
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +60,6 @@ REFUSED = "celery_affinity: refused copy"
 
 #: The end of a failed task's traceback that its dead letter keeps.
 TRACEBACK_CHARACTERS = 8000
-
-#: What start.lua answers while the worker's heartbeat is late: its lease may soon be over.
-HEARTBEAT_LATE = -5
 
 Tracer = Callable[..., Any]
 
@@ -117,24 +117,31 @@ class Gate:
     ) -> None:
         self._succeeded = succeeded
         self._began: dict[str, float] = {}
-        self._trust_seconds = trust_seconds
+        self._inside: set[object] = set()
         self._scripts = connect()
         self._refusal = refusal
         self._queue_names = dict(queue_names)
         self._node = node
         self._incarnation = incarnation
         self._slot = slot
-        self._in_process = in_process
+        #: Whether tasks run in the worker's own process.
+        self.in_process = in_process
         self._ordinary = ordinary
         self._held: dict[int, tuple[str, str, str]] = {}
         self._announced = True
         self._numbers = count(1)
         self._process = f"{os.getpid()}:{_started_at()}:{uuid4().hex[:8]}"
+        self._starts = Starts(self._scripts, self._token, trust_seconds, granted=slot is not None)
         self._reachability = Reachability(logger, f"tasks of process {os.getpid()}")
 
     def began(self) -> list[float]:
         """When the dispatched tasks that run here began (`watchdog.seconds`)."""
         return list(self._began.values())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no dispatched message is between its question to start and its settle here."""
+        return not self._inside
 
     def process_up(self) -> None:
         """Tell the ledger that this slot has a new process."""
@@ -156,6 +163,7 @@ class Gate:
 
     def close(self) -> None:
         """This process stops: its tags are released for its receivers."""
+        self._starts.decline(self._briefly)
         for slot in list(self._held):
             self._release(slot, "drained")
 
@@ -167,7 +175,12 @@ class Gate:
             stamp = Stamp.parse(request.pop(STAMP_HEADER, None)) if request else None
             if stamp is None:
                 return self._ordinary_task(tracer, uuid, args, kwargs, request)
-            return self._dispatched_task(stamp, tracer, uuid, args, kwargs, request)
+            inside = object()
+            self._inside.add(inside)
+            try:
+                return self._dispatched_task(stamp, tracer, uuid, args, kwargs, request)
+            finally:
+                self._inside.discard(inside)
 
         return gated
 
@@ -178,6 +191,7 @@ class Gate:
             return tracer(uuid, args, kwargs, request)
         token = self._token()
         self._announce()
+        self._starts.decline(self._briefly)
         self._briefly(lambda: self._scripts.occupy(self._incarnation, self._slot, token))
         try:
             return tracer(uuid, args, kwargs, request)
@@ -188,9 +202,8 @@ class Gate:
     def _dispatched_task(
         self, stamp: Stamp, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Any
     ) -> Any:
-        run = Run(stamp, uuid, request.get("retries") or 0, self._token())
         self._announce()
-        answer = self._start(stamp, run.token)
+        answer, token = self._starts.begin(stamp, self._patiently)
         if answer != 1:
             self._briefly(lambda: self._scripts.refused(stamp.state))
             logger.debug(
@@ -200,6 +213,7 @@ class Gate:
                 extra={"action": "refuse", "task_id": uuid, "code": answer},
             )
             return self._refusal(REFUSED)
+        run = Run(stamp, uuid, request.get("retries") or 0, token)
         tag = tag_text(request.get(TAG_HEADER))
         queue = self._queue_names.get(stamp.state, stamp.state)
         self._acquire(stamp, queue, tag)
@@ -240,6 +254,9 @@ class Gate:
             elif not isinstance(error, Exception):
                 outcome = ""
                 self._process_stops(stamp, told=_is_of_greenlets(error))
+            elif not isinstance(error, Reject) and not run.retry_messages:
+                # Celery could not store the result. It takes that for the task's failure.
+                outcome, failure = "failed", _reason_and_traceback(error, format_exc())
             raise
         finally:
             del self._began[run.token]
@@ -248,36 +265,17 @@ class Gate:
                 self._settle(run, queue, tag, outcome, failure)
             context.leave(here)
 
-    def _start(self, stamp: Stamp, token: str) -> int:
-        while True:
-            asked = seconds()
-            answer: int = self._patiently(
-                lambda: self._scripts.start(
-                    stamp.incarnation,
-                    stamp.slot,
-                    stamp.entry,
-                    stamp.epoch,
-                    stamp.send,
-                    token,
-                    int(self._trust_seconds * 1000),
-                )
-            )
-            if answer == HEARTBEAT_LATE:
-                time.sleep(0.05)
-            elif answer != 1 or seconds() - asked < self._trust_seconds:
-                return answer
-
     def _process_stops(self, stamp: Stamp, told: bool) -> None:
         """The task did not end, it was stopped: its request reports what becomes of it. Without
         processes it learns of a timeout only (told), and there is nobody else to do so.
         """
-        if self._in_process and not told:
+        if self.in_process and not told:
             self._patiently(
                 lambda: self._scripts.lost(
                     stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.state
                 )
             )
-        if self._in_process:
+        if self.in_process:
             self._release(stamp.slot, "lost")
 
     def _settle(
@@ -289,6 +287,8 @@ class Gate:
             for message, eta in run.retry_messages
             for part in (message, "" if eta is None else eta)
         ]
+        proposal = "" if failure or retries else self._starts.proposal()
+        asked = seconds()
         answer = self._patiently(
             lambda: self._scripts.settle(
                 stamp.incarnation,
@@ -299,8 +299,11 @@ class Gate:
                 outcome,
                 *failure,
                 *retries,
+                grant=proposal,
+                least_ms=self._starts.least_ms,
             )
         )
+        answer = self._starts.settled(stamp, answer, proposal, asked)
         if answer == "stale":
             logger.warning(
                 "Task %s ended after its lease on tag %r was taken away; it runs again elsewhere.",
@@ -372,11 +375,14 @@ def _failure_of(answer: Any) -> tuple[bytes, ...]:
     info = getattr(answer, "info", None)
     if info is None or getattr(info, "state", None) != FAILURE:
         return ()
+    return _reason_and_traceback(info.retval, str(getattr(answer.retval, "traceback", "") or ""))
+
+
+def _reason_and_traceback(error: Any, traceback: str) -> tuple[bytes, ...]:
     try:
-        reason = f"{type(info.retval).__name__}: {info.retval}"
+        reason = f"{type(error).__name__}: {error}"
     except Exception:  # an error that cannot even be printed
-        reason = type(info.retval).__name__
-    traceback = str(getattr(answer.retval, "traceback", "") or "")
+        reason = type(error).__name__
     return (
         reason[:1000].encode("utf-8", "replace"),
         traceback[-TRACEBACK_CHARACTERS:].encode("utf-8", "replace"),

@@ -26,6 +26,8 @@ class Held:
         self._refused: dict[tuple[str, str], None] = {}
         #: The same of messages that the pool may have thrown away: then they never end.
         self._flushed: dict[str, list[None]] = {}
+        #: Messages that were given their end while they ran -> whether their process has stopped.
+        self._stopping: dict[str, Callable[[], bool]] = {}
         #: Called with the stamp of each message that ends.
         self.on_end: Callable[[Stamp], None] = lambda stamp: None
 
@@ -54,6 +56,10 @@ class Held:
                 self.on_end(stamp)
         else:
             self._flushed.pop(held, None)
+
+    def stopping(self, stamp: Stamp, is_gone: Callable[[], bool]) -> None:
+        """It has ended here, but its process may still clean up: its tag must wait for that."""
+        self._stopping[stamp.held] = is_gone
 
     def refused(self, stamp: Stamp) -> None:
         """It was announced here and then not run: its entry may come again."""
@@ -88,11 +94,28 @@ class Held:
 
     def names(self) -> list[str]:
         """What is held, as heartbeats name it; what may be held has ":?" behind its name."""
-        return [*self._requests, *(f"{held}:?" for held in list(self._flushed))]
+        for held, is_gone in list(self._stopping.items()):
+            if is_gone():
+                self._stopping.pop(held, None)
+        return [
+            *self._requests,
+            *list(self._stopping),
+            *(f"{held}:?" for held in list(self._flushed)),
+        ]
 
     def running_slots(self) -> set[int]:
         """Slots whose process works on something."""
         return {self._requests[h][0].slot for h in list(self._accepted) if h in self._requests}
+
+    def copies(self, stamp: Stamp) -> int:
+        """How many messages of its entry and lease are here, or may be."""
+        entry = stamp.held.rsplit(":", 1)[0] + ":"
+        return sum(
+            len(copies)
+            for found in (self._copies, self._flushed)
+            for held, copies in list(found.items())
+            if held.startswith(entry)
+        )
 
     def other_request(self, task_id: str, request: Any) -> Any:
         """Another live request with the same task id, or None."""

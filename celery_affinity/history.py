@@ -131,7 +131,9 @@ class History:
         """Read a history file; one that does not exist is empty."""
         if not Path(path).exists():
             return cls()
-        return cls.parse(Path(path).read_bytes().splitlines())
+        text = Path(path).read_bytes()
+        # A line that is just being written may be there in part.
+        return cls.parse(text[: text.rfind(b"\n") + 1].splitlines())
 
     @classmethod
     def parse(cls, lines: Iterable[str | bytes]) -> History:

@@ -9,6 +9,10 @@ more where its producer had sent it (a stopping worker). It is dropped: its entr
 which recovers it, and admitted again it would run twice. So is the repeat of a message with the
 header `affinity_once` (periodic.py), by resolve.lua; only messages with that header pay for it.
 
+While Redis' memory is full no more is admitted than free slots can run at once: each message takes
+a little more room in the ledger than in the pending queue, and gives it all back when it has run
+(test_a_full_memory_is_worked_off).
+
 Crash windows: between admit and resolve the message is still the oldest of its list
 (test_a_bad_message_is_buried_with_its_reason_and_takes_no_neighbour_along); resolve compares
 the message it was asked about, so a repeat or a second leader cannot touch its neighbour.
@@ -17,8 +21,11 @@ the message it was asked about, so a repeat or a second leader cannot touch its 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from redis.exceptions import OutOfMemoryError
 
 from celery_affinity.exceptions import MissingTagError
 from celery_affinity.message import (
@@ -36,6 +43,8 @@ from celery_affinity.message import (
 from celery_affinity.scripts import Scripts
 
 __all__ = ("Intake", "TagOf", "no_tag")
+
+logger = logging.getLogger(__name__)
 
 #: Asks the app for the tag of a message without one; raises TagError.
 TagOf = Callable[[Mapping[str, Any]], object]
@@ -66,13 +75,50 @@ class Intake:
         self._lists = list(lists)
         self._tag_of = tag_of
         self._spread = spread
+        self._full = False
 
     def run(self, fence: str) -> tuple[int, bool]:
         """One pass. Returns (admitted, more is waiting).
 
         Admitted is -1 if not the leader any more, -2 if the queue is evacuated.
         """
-        admitted, more, stop, raw = self._scripts.admit(self._state, fence, self._lists, self.BATCH)
+        try:
+            answer = self._scripts.admit(self._state, fence, self._lists, self.BATCH)
+        except OutOfMemoryError as error:
+            return self._run_although_full(fence, error)
+        self._note_full(None)
+        return self._resolved(fence, *answer)
+
+    def _run_although_full(self, fence: str, error: Exception) -> tuple[int, bool]:
+        self._note_full(error)
+        free = min(self._scripts.idle_slots(self._state), self.BATCH)
+        if not free:
+            return 0, False
+        answer = self._scripts.admit(self._state, fence, self._lists, free, although_full=True)
+        admitted, _ = self._resolved(fence, *answer)
+        return admitted, admitted > 0
+
+    def _note_full(self, error: Exception | None) -> None:
+        if error and not self._full:
+            logger.warning(
+                "Redis' memory is full (%s). Producers are refused; of what waits in the "
+                "pending queue of %r only as much is taken in as free slots can run. Raise "
+                "maxmemory, or wait until tasks have ended.",
+                error,
+                self._state,
+                extra={"action": "memory_full", "queue": self._state},
+            )
+        elif self._full and not error:
+            logger.warning(
+                "Redis has memory again: the intake of %r goes on.",
+                self._state,
+                extra={"action": "memory_back", "queue": self._state},
+            )
+        self._full = error is not None
+
+    def _resolved(
+        self, fence: str, admitted: int, more: bool, stop: int, raw: bytes
+    ) -> tuple[int, bool]:
         if not stop:
             return admitted, more
         verdict = self.judge(raw)

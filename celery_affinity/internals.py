@@ -5,6 +5,8 @@ Each touch, the probe that meets a Celery that differs, and what happens then:
 - `task.__trace__` is replaced by the gated tracer: `wrap_tracers`; the worker does not start.
 - `amqp.send_task_message` is wrapped to catch own retries: `settle_own_retries`; a warning, and
   retries are published to the pending queue, and a wait for a task of the own tag is not refused.
+- `worker.wait_for_soft_shutdown` is wrapped to drain at once: `call_before_cold_stop`; without it
+  (5.4) the worker drains at its signal `worker_shutting_down`.
 - `amqp.queues._consume_from` says what a worker consumes: `selected_queues`; no start.
 
 (Celery's classes are built on, not touched: the prefork pool in slot_pool.py and resizing.py,
@@ -20,15 +22,18 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from billiard.einfo import ExceptionInfo
 from celery import states
-from celery.app.trace import trace_ok_t
+from celery.app.trace import TraceInfo, report_internal_error, trace_ok_t
+from celery.exceptions import Reject
 
 from celery_affinity.context import current
 from celery_affinity.exceptions import ConfigurationError
-from celery_affinity.gate import Gate, Run, current_run
-from celery_affinity.message import TAG_HEADER, due_ms, envelope
+from celery_affinity.gate import Gate, Run, Tracer, current_run
+from celery_affinity.message import STAMP_HEADER, TAG_HEADER, due_ms, envelope
 
 __all__ = (
+    "call_before_cold_stop",
     "consume_worker_queues",
     "native_thread",
     "refusal",
@@ -55,8 +60,34 @@ def wrap_tracers(tasks: Iterable[Any], gate: Gate) -> None:
             )
         if not getattr(tracer, "celery_affinity_gate", None):
             gated = gate.around(tracer)
+            if gate.in_process:
+                gated = _contained(task, gated)
             gated.celery_affinity_gate = gate  # type: ignore[attr-defined]
             task.__trace__ = gated
+
+
+def _contained(task: Any, tracer: Tracer) -> Tracer:
+    """Return what a dispatched task's tracer raises, as pool processes do.
+
+    In a pool without processes nobody catches it, such as that the result backend is away: the
+    request would never end, and its node hold it for ever.
+    """
+
+    def contained(uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
+        dispatched = bool(request) and STAMP_HEADER in request
+        try:
+            return tracer(uuid, args, kwargs, request)
+        except Reject as error:
+            if not dispatched:
+                raise
+            return trace_ok_t(ExceptionInfo(), TraceInfo(states.REJECTED, error), 0.0, None)
+        except Exception as error:
+            if not dispatched:
+                raise
+            failed = report_internal_error(task, error)
+            return trace_ok_t(failed, TraceInfo(states.FAILURE, error), 0.0, None)
+
+    return contained
 
 
 def refusal(marker: str) -> Any:
@@ -208,6 +239,26 @@ def consume_worker_queues(app: Any, instead_of: Iterable[str], queues: Iterable[
             known.deselect(name)
     for queue in queues:
         known.select_add(queue)
+
+
+# Stops
+
+
+def call_before_cold_stop(worker: Any, call: Callable[[], None]) -> None:
+    """Have something done as soon as a cold stop begins, in its signal handler.
+
+    Celery sends `worker_shutting_down` only at the end of that handler, when it has waited for
+    `worker_soft_shutdown_timeout` and for the pool. (Celery 5.4 does neither, nor has the method.)
+    """
+    wait = getattr(worker, "wait_for_soft_shutdown", None)
+    if wait is None:
+        return
+
+    def wait_for_soft_shutdown() -> None:
+        call()
+        wait()
+
+    worker.wait_for_soft_shutdown = wait_for_soft_shutdown
 
 
 # Threads

@@ -6,7 +6,7 @@ Does not: know of Prometheus, or keep anything between two readings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -31,8 +31,6 @@ COUNTERS = (
 )  # fmt: skip
 #: Ready tags that are looked at one by one where a tag may hold several slots.
 LOOK = 200
-#: Tags among which the longest backlogs are looked for.
-TOP_OF = 1000
 
 
 @dataclass(frozen=True)
@@ -83,24 +81,12 @@ class QueueMeasures:
 
 
 class Measures:
-    """Reads the figures of affinity queues.
+    """Reads the figures of affinity queues."""
 
-    Arguments:
-        top_tags: The tags of a queue with the most entries waiting; default: of the first 1,000
-            that hold slots or wait.
-    """
-
-    def __init__(
-        self,
-        client: Redis,
-        keys: Keys,
-        ledger: Ledger,
-        top_tags: Callable[[AffinityQueue, int], Sequence[TagRecord]] | None = None,
-    ) -> None:
+    def __init__(self, client: Redis, keys: Keys, ledger: Ledger) -> None:
         self._client: Any = client
         self._keys = keys
         self._ledger = ledger
-        self._top_tags = top_tags or self._longest
 
     def read(self, queues: Sequence[AffinityQueue], top: int = 0) -> list[QueueMeasures]:
         """The figures of these queues, with so many of the longest backlogs.
@@ -122,9 +108,9 @@ class Measures:
         with self._client.pipeline(transaction=True) as pipe:
             pipe.time()
             pipe.zrange(key(state, "ring"), 0, 0, withscores=True)
-            pipe.hmget(key(state, "conf"), "evac", "paused", "tag_concurrency", "mapped")
+            pipe.hmget(key(state, "conf"), "tag_concurrency", "mapped")
             pipe.hgetall(key(state, "c"))
-            (seconds, micros), first, (evacuated, paused, concurrency, mapped), raw = pipe.execute()
+            (seconds, micros), first, (concurrency, mapped), raw = pipe.execute()
         counted = {name.decode(): int(float(value)) for name, value in raw.items()}
         serving = [w for w in workers if queue.name in w.queues and not w.draining]
         slots = sum(min(queue.slots or len(w.slots), len(w.slots)) for w in serving)
@@ -136,7 +122,7 @@ class Measures:
         return QueueMeasures(
             stats=stats,
             totals={name: counted.get(name, 0) for name in COUNTERS},
-            stopped=evacuated is not None or paused is not None,
+            stopped=stats.evacuated or stats.paused,
             term=leader.term if leader else None,
             leases=sum(slot.queue == queue.name for w in workers for slot in w.slots),
             startable=stats.ready_tags if alone else self._room(queue, int(concurrency or 1)),
@@ -145,7 +131,7 @@ class Measures:
             slots_a_worker=slots / len(serving) if serving else 0.0,
             waits=tuple(waits),
             waited=counted.get("wait:sum", 0) / 1000,
-            top=tuple(self._top_tags(queue, top)) if top else (),
+            top=tuple(self._ledger.longest(queue, top)) if top else (),
         )
 
     def _room(self, queue: AffinityQueue, concurrency: int) -> int:
@@ -167,7 +153,3 @@ class Measures:
         )
         total: int = ceil(found * max(ready, len(tags)) / len(tags))
         return total
-
-    def _longest(self, queue: AffinityQueue, count: int) -> list[TagRecord]:
-        found = self._ledger.tags(queue, TOP_OF)
-        return sorted(found, key=lambda record: -record.waiting)[:count]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from celery_affinity.delivery import Delivery
 from celery_affinity.gate import Gate
 from celery_affinity.keys import Keys
 from celery_affinity.namesake import Namesake
+from celery_affinity.pulse import Pulse
 from celery_affinity.reporter import Reporter
 from celery_affinity.request import requeue_unknown_tasks, strategy_for
 from celery_affinity.scripts import Scripts
@@ -70,10 +72,13 @@ class Node:
             [name for queue in settings.queues for name in {queue.name, queue.pending}],
             [worker_queue(name, self._announce) for name in self.worker_queues.values()],
         )
+        # Else a worker ends when Redis refuses its BRPOP: BUSY, a full disk (MISCONF).
+        self.app.conf.broker_channel_error_retry = True
         pending = {queue.state: queue.pending for queue in settings.queues}
         internals.settle_own_retries(self.app, pending.get, self._runs_alone)
         self._lifeline = Lifeline()
         self._namesake = Namesake(self.name, self.incarnation)
+        self._pulse = Pulse(settings.namespace, self.name)
         looks = [self._namesake.look]
         if settings.role == "worker":
             names = {queue.state: queue.name for queue in serves}
@@ -85,7 +90,9 @@ class Node:
             settings.heartbeat_interval,
             self._lifeline,
             looks,
+            self._pulse.beat,
         )
+        internals.call_before_cold_stop(worker, self.reporter.request_drain)
         self._started = False
         self._slots = 0
         self._gate: tuple[int, Gate] | None = None
@@ -156,6 +163,15 @@ class Node:
         if self._gate is not None and self._gate[0] == os.getpid():
             self._gate[1].close()
 
+    def wait_for_own_tasks(self) -> None:
+        """Where tasks run in this process: wait until none does.
+
+        Celery goes on with its stop where that of its pool has failed, and the threads run on.
+        """
+        if self._gate is not None and self._gate[0] == os.getpid():
+            while not self._gate[1].is_empty:
+                time.sleep(0.05)
+
     def _watch(self, gate: Gate) -> None:
         dog = Watchdog(self._lifeline, gate.began, self._settings.heartbeat_timeout)
         internals.native_thread(dog.run, "affinity-watchdog")
@@ -199,6 +215,7 @@ class Node:
             self.reporter.reconnected()
         else:
             self._started = True
+            self._pulse.begin()
             internals.native_thread(self.reporter.run, "affinity-heartbeat")
         logger.info(
             "Serving %s with %d slots as %s.",
@@ -207,6 +224,11 @@ class Node:
             self.incarnation,
             extra={"action": "serve", "incarnation": self.incarnation},
         )
+
+    def leave(self) -> None:
+        """The pool has stopped: this incarnation is no more."""
+        self.reporter.leave()
+        self._pulse.end()
 
     # In the parent, when what it serves changes (remote control)
 

@@ -1,95 +1,182 @@
-"""What an operator may do to the dead letters and to halted tags, as methods of `Affinity`."""
+"""What an operator may do to queues, tags and workers, as methods of `Affinity`.
+
+Each change is written down before it is made (`Affinity.changes`), so none goes unrecorded; one
+that was refused, or whose caller died in between, is in the record too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import cached_property
-from typing import Any
-
-from celery_affinity.dead import DeadLetters
-from celery_affinity.intake import Intake
-from celery_affinity.ledger import Ledger
+from celery_affinity import evacuation, steering
+from celery_affinity.bound import Bound
+from celery_affinity.exceptions import OperationError
 from celery_affinity.message import tag_text
-from celery_affinity.scripts import Scripts
-from celery_affinity.settings import AffinityQueue
-from celery_affinity.types import DeadLetter
+from celery_affinity.types import EvacuationRecord
+from celery_affinity.who import write_down
 
-__all__ = ("DeadLetterCalls",)
+__all__ = ("Operations",)
+
+#: For how long a moved tag waits for its worker (it goes anywhere after that).
+MOVE_SECONDS = 3600.0
 
 
-class DeadLetterCalls:
-    """Mixed into `Affinity`, which has what these methods need."""
+class Operations(Bound):
+    """Mixed into `Affinity`.
 
-    @cached_property
-    def _ledger(self) -> Ledger:
-        raise NotImplementedError
+    In all of these ``by`` is who asks, for the record; default: this process' user and host.
+    """
 
-    @cached_property
-    def _scripts(self) -> Scripts:
-        raise NotImplementedError
+    def pause(self, queue: str, tag: str | None = None, *, by: str = "") -> None:
+        """Give a tag, or without one all tags of the queue, no slot until `resume`.
 
-    def _declared(self, queue: str) -> AffinityQueue:
-        raise NotImplementedError
+        What runs ends; what has not started goes back to its place. Messages are taken in.
+        """
+        declared = self._declared(queue)
+        if tag is None:
+            write_down(self._scripts, by, "pause", queue)
+            self._scripts.pause(declared.state)
+        else:
+            write_down(self._scripts, by, "pause", queue, tag_text(tag))
+            self._scripts.pause_tag(declared.state, tag_text(tag))
 
-    def _tag_of_message(self, message: Mapping[str, Any]) -> object:
-        raise NotImplementedError
+    def resume(self, queue: str, tag: str | None = None, *, by: str = "") -> bool:
+        """Let a paused or halted (``on_failure``) tag go on, or without one the paused or
+        evacuated queue. Tags that are paused themselves stay so.
 
-    def dead_letters(
-        self, queue: str, limit: int = 100, *, after: int = 0, tag: str | None = None
-    ) -> list[DeadLetter]:
-        """Messages that were buried, with the reason, by entry (the order of admission).
+        Returns:
+            False for a tag that was neither paused nor halted: nothing was changed.
+        """
+        declared = self._declared(queue)
+        if tag is None:
+            write_down(self._scripts, by, "resume", queue)
+            evacuation.resume(
+                self._scripts,
+                declared.state,
+                self.delivery.main_list(declared.pending),
+                lambda: self._ledger.entries(declared),
+            )
+            return True
+        write_down(self._scripts, by, "resume", queue, tag_text(tag))
+        return self._scripts.resume_tag(declared.state, tag_text(tag))
+
+    def drain(self, worker: str, *, by: str = "") -> int:
+        """Give a worker no more affinity tasks; what runs there ends. It has no way back but a
+        restart.
 
         Arguments:
-            after: The last entry of the page before.
-            tag: Only those of this tag; "" is for those that have none.
-        """
-        return self._ledger.dead_letters(self._declared(queue), limit, after, tag)
-
-    def requeue_dead(
-        self, queue: str, entries: Iterable[int] | None = None, *, tag: str | None = None
-    ) -> int:
-        """Let buried messages run: these entries, those of a tag, or all there are now.
-
-        Each joins the end of its tag, in the order of their entries; one that halts its tag
-        (``on_failure``) goes back to the tag's head, and a blocked tag goes on. Message and task id
-        stay the same, so a result that is FAILURE is replaced.
+            worker: Its node name, the part before the "@", or its ``worker_id``.
 
         Returns:
-            How many were requeued. What intake still cannot use (no tag) stays a dead letter.
+            How many entries that had not started went back to the head of their tags.
 
         Raises:
-            ValueError: If both entries and a tag are given.
+            NoSuchWorkerError: If it names none, or several.
         """
-        return self._dead(queue).requeue(entries, tag)
+        found = self._worker(worker)
+        write_down(self._scripts, by, "drain", "", found.name)
+        return self._scripts.drain(found.worker_id)
 
-    def purge_dead(
-        self, queue: str, entries: Iterable[int] | None = None, *, tag: str | None = None
-    ) -> int:
-        """Delete buried messages for good: these entries, those of a tag, or all there are now.
+    def move(self, queue: str, tag: str, worker: str, *, by: str = "") -> None:
+        """Have a tag's next lease be one of that worker, after what runs elsewhere has ended.
 
-        A tag that is blocked by one (``on_failure``) goes on.
-
-        Returns:
-            How many were deleted. One whose caller was not told of its failure yet stays: the
-            leader tells within seconds, if the result backend can be reached.
+        The tag waits for a slot there, for an hour at most, also while others are free. From then
+        on it is an ordinary tag, which goes where it was last if it can.
 
         Raises:
-            ValueError: If both entries and a tag are given.
+            NoSuchWorkerError: If the name fits no worker, or several.
+            OperationError: If that worker takes no work of the queue, or too many moves are
+                under way.
         """
-        return self._dead(queue).purge(entries, tag)
+        declared, found = self._declared(queue), self._worker(worker)
+        write_down(self._scripts, by, "move", queue, tag_text(tag), f"to {found.name}")
+        answer = self._scripts.move(declared.state, tag_text(tag), found.worker_id, MOVE_SECONDS)
+        if answer == -1:
+            raise OperationError(
+                f"worker {found.name!r} takes no work of {queue!r} (it drains, has stopped, or "
+                "does not serve it): choose another one"
+            )
+        if answer == -2:
+            raise OperationError(
+                "32 moves are under way, which is the most: wait until tags have arrived"
+            )
 
-    def resume_tag(self, queue: str, tag: str) -> None:
-        """Let a tag that was halted by ``on_failure`` go on with what it has."""
-        self._scripts.resume_tag(self._declared(queue).state, tag_text(tag))
+    def limit(self, queue: str, tag: str, concurrency: int | None, *, by: str = "") -> None:
+        """Set how many tasks of a tag may run at once; None: what is declared for it.
 
-    def _dead(self, queue: str) -> DeadLetters:
-        declared = self._declared(queue)
-        intake = Intake(
-            self._scripts, declared.state, [], self._tag_of_message, declared.untagged == "spread"
-        )
-        return DeadLetters(
+        It goes before ``tag_concurrency`` until it is taken back, also over restarts. Lowered, what
+        runs ends, and no more start before fewer run than may.
+
+        Raises:
+            OperationError: If 1,000 tags have such a limit, or the number is out of range.
+        """
+        declared, text = self._declared(queue), tag_text(tag)
+        if concurrency is not None and not 1 <= concurrency <= 1_000_000:
+            raise OperationError(
+                f"found a concurrency of {concurrency}, expected 1 to 1,000,000: to let none run, "
+                "pause the tag"
+            )
+        how, number = "set", concurrency
+        if number is None:
+            how = "mapped" if text in declared.own_concurrencies else "default"
+            number = declared.own_concurrencies.get(text, declared.default_concurrency)
+        asked = f"concurrency {number}" + ("" if how == "set" else " (as declared)")
+        write_down(self._scripts, by, "limit", queue, text, asked)
+        if not self._scripts.limit(declared.state, text, number, how)[0]:
+            raise OperationError(
+                "1,000 tags have limits of their own by now, which is the most: take some back, or "
+                "declare them as tag_concurrency"
+            )
+
+    def purge(self, queue: str, tag: str, *, by: str = "") -> int:
+        """Delete what a tag has waiting, in steps; what runs ends. Returns how many entries.
+
+        Nobody is told: results stay PENDING. To tell, use `revoke_tag`.
+        """
+        declared, text = self._declared(queue), tag_text(tag)
+        write_down(self._scripts, by, "purge", queue, text)
+        due = self._ledger.due_entries(declared, text)
+        return steering.purge(self._scripts, declared.state, text, due)
+
+    def revoke_tag(self, queue: str, tag: str, *, by: str = "") -> int:
+        """Revoke all tasks that a tag has waiting. Returns how many.
+
+        Each ends as REVOKED when its turn comes, as quickly as workers can say so. What runs is
+        left alone, but not retried. Tasks that come later run. It is remembered for 7 days, and not
+        over an evacuation.
+
+        Raises:
+            OperationError: If 1,000 tags are being revoked.
+        """
+        declared, text = self._declared(queue), tag_text(tag)
+        write_down(self._scripts, by, "revoke", queue, text)
+        count = steering.revoke(
             self._scripts,
             declared.state,
-            intake.judge,
-            lambda tag: self._ledger.dead_entries(declared, tag),
+            text,
+            lambda: self._ledger.due_entries(declared, text),
+            lambda entries: self._ledger.message_headers(declared, entries),
+        )
+        if count is None:
+            raise OperationError(
+                "1,000 tags are being revoked, which is the most: wait until some are through, or "
+                "purge"
+            )
+        return count
+
+    def evacuate(self, queue: str, timeout: float = 60.0, *, by: str = "") -> EvacuationRecord:
+        """Stop the queue and write what waits back as the plain Celery messages it was.
+
+        In order per tag, due times included. It stays stopped until `resume`.
+
+        Arguments:
+            timeout: Seconds to wait for running tasks; with some left nothing is moved, and a
+                repeat goes on.
+        """
+        declared = self._declared(queue)
+        write_down(self._scripts, by, "evacuate", queue)
+        return evacuation.evacuate(
+            self._scripts,
+            declared.state,
+            self.delivery.main_list(declared.pending),
+            lambda: self._ledger.entries(declared),
+            timeout,
         )

@@ -50,6 +50,7 @@ class Reporter:
         announcement: Keyword arguments of `Scripts.register`, as they are at this moment.
         lifeline: Told of each answered heartbeat.
         looks: Called after each beat, in the heartbeat's thread.
+        pulse: Called before each beat, whether Redis answers it or not.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Reporter:
         interval_seconds: float,
         lifeline: Lifeline,
         looks: Sequence[Callable[[Scripts], None]] = (),
+        pulse: Callable[[], None] = lambda: None,
     ) -> None:
         self._lifeline = lifeline
         self.held = Held()
@@ -70,6 +72,7 @@ class Reporter:
         self._announcement = announcement
         self._interval = interval_seconds
         self._looks = looks
+        self._pulse = pulse
         self._beats = count(1)
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
@@ -146,9 +149,17 @@ class Reporter:
 
         False if it was requeued (unknown), or had been started before (bury).
         """
+        alone = self.held.copies(stamp) <= 1
         answer = self._tell(
             lambda: self._scripts.discard(
-                stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.send, verdict, reason
+                stamp.incarnation,
+                stamp.slot,
+                stamp.entry,
+                stamp.epoch,
+                stamp.send,
+                verdict,
+                reason,
+                alone,
             )
         )
         # Untold, or no longer this node's: the ledger has it still, and it comes again somewhere.
@@ -189,6 +200,7 @@ class Reporter:
             self._clear_wake()
             if self._stopping:
                 return
+            self._pulse()
             try:
                 if self._draining and not self._drained:
                     self.drain(scripts)

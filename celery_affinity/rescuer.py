@@ -6,6 +6,13 @@ rescue the clock's advance is compared with the own monotonic clock and the serv
 the last one; after a jump or a restart all heartbeats count as new. A jump also ends the leader's
 term, so candidates look at the clock too: whoever follows must know of it.
 
+While Redis is paused, slow, out of connections, or refuses all writes (a full disk), heartbeats do
+not get through either. So what the leader or candidate finds of that is not held against them:
+after an error all heartbeats count as new; after a long time between two looks they get that time
+more. What happens between the look and the rescue itself is seen by rescue.lua, which refuses an
+old look
+(test_a_pause_between_the_look_and_the_rescue_gives_nobody_up).
+
 Crash windows: rescue.lua takes out a bounded number of leases at a time; a rescue cut off half
 way is finished by the next pass, of whichever leader
 (test_what_a_lost_worker_held_goes_back_to_the_head_in_order).
@@ -41,18 +48,28 @@ class Rescuer:
         self._settle_seconds = settle_seconds
         self._last: tuple[str, float, float] | None = None
         self._moved = False
+        self._credit = 0.0
+
+    @property
+    def pause(self) -> float:
+        """Seconds between two looks at most. A worker beats three times in its timeout, so one
+        that was heard on time is not overdue after half a timeout without a look."""
+        return self._settle_seconds / 4
 
     def run(self, fence: str) -> float:
         """One pass. Returns seconds until a worker can be overdue; -1 if not the leader."""
         self.look()
-        if self._moved:
-            if not self._scripts.rebase(self._state, fence):
+        if self._moved or self._credit:
+            credit = None if self._moved else int(self._credit * 1000)
+            if not self._scripts.rebase(self._state, fence, credit):
                 return -1
-            self._moved = False
+            self._moved, self._credit = False, 0.0
         while True:
-            answer = self._scripts.rescue(self._state, fence, self.BATCH)
+            answer = self._scripts.rescue(self._state, fence, self.BATCH, self._looked())
             if answer[0] == -1:
                 return -1
+            if answer[0] == -2:
+                return 0.0
             if answer[0] == 0:
                 # A worker that registers after this look is overdue in one timeout at the earliest.
                 left = self._settle_seconds if answer[1] < 0 else float(answer[1]) / 1000
@@ -74,6 +91,15 @@ class Rescuer:
         """Compare the server's clock with the last look, so that the next pass knows of a jump."""
         self._moved = self._clock_moved() or self._moved
 
+    def unanswered(self) -> None:
+        """Redis did not answer, or refused to: nobody's heartbeat need have got through."""
+        self._moved = True
+
+    def _looked(self) -> tuple[int, int] | None:
+        if self._last is None:
+            return None
+        return int(self._last[1] * 1000), int(self.pause * 1000)
+
     def _clock_moved(self) -> bool:
         info = self._scripts.client.info("server")
         seconds, micros = self._scripts.client.time()
@@ -82,7 +108,10 @@ class Rescuer:
         if last is None:
             # Nothing is known of the time before: who was elected at once waits one timeout.
             return True
-        drift = abs((server - last[1]) - (own - last[2]))
+        gap = own - last[2]
+        if gap > 2 * self.pause:
+            self._credit += gap - self.pause
+        drift = abs((server - last[1]) - gap)
         if run_id == last[0] and drift < TOLERANCE_SECONDS:
             return False
         logger.warning(

@@ -27,6 +27,7 @@ from celery_affinity.leadership import Elector
 from celery_affinity.rescuer import Rescuer
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue
+from celery_affinity.witness import Witness
 
 __all__ = ("Scheduler",)
 
@@ -72,6 +73,7 @@ class Scheduler:
         self._reachability = Reachability(logger, f"tasks of {queue.name!r}")
         self._refused = ""
         self._evacuated = False
+        self._witness = Witness(queue.state, queue.name)
 
     @property
     def leading(self) -> bool:
@@ -92,15 +94,17 @@ class Scheduler:
                 if not checked:
                     check_server(self._scripts.client, logger)
                     checked = True
+                self._witness.look(self._scripts)
                 wait = self._elector.claim()
-                self._reachability.answered()
                 if self._elector.term is None:
                     self._rescuer.look()
-                    self._vacancy.wait(wait)
+                    self._reachability.answered()
+                    self._vacancy.wait(min(wait, self._rescuer.pause))
                 else:
                     self._lead()
             except RedisError as error:
                 self._elector.concede()
+                self._rescuer.unanswered()
                 self._reachability.unanswered(error)
                 self._stopping.wait(RETRY_SECONDS)
             except ConfigurationError as error:
@@ -133,10 +137,12 @@ class Scheduler:
                 left = self._rescuer.run(self._elector.fence)
                 if left < 0:
                     break
-                rescue_at = now + max(left, RESCUE_PAUSE_SECONDS)
+                self._witness.look(self._scripts)
+                rescue_at = now + min(max(left, RESCUE_PAUSE_SECONDS), self._rescuer.pause)
             sleep = self._pass()
             if sleep is None:
                 break
+            self._reachability.answered()
             if sleep > 0:
                 until = min(rescue_at, self._elector.renew_at) - time.monotonic()
                 # While the queue is evacuated, what arrives is not the leader's to take.
@@ -172,7 +178,7 @@ class Scheduler:
         if evacuated and not self._evacuated:
             logger.warning(
                 "Affinity queue %r is evacuated: nothing is taken in or dispatched before "
-                "`celery affinity resume %s`.",
+                "`celery affinity resume --queue %s`.",
                 self._queue.name,
                 self._queue.name,
                 extra={"action": "evacuated", "queue": self._queue.name},

@@ -1,46 +1,23 @@
-"""The ledger's transitions: one typed method for each Lua script.
-
-The scripts are data in ``lua/``; a line ``-- @include name`` takes in ``lua/include/name.lua``.
-"""
+"""The ledger's transitions: one typed method for each Lua script (lua_text.py)."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
 from redis import Redis
 from redis.commands.core import Script
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, RedisError
 
 from celery_affinity.exceptions import SchemaVersionError
 from celery_affinity.keys import Keys
+from celery_affinity.lua_text import LET_THROUGH, source, source_although_full
 
-__all__ = ("SCHEMA_VERSION", "Scripts", "source")
+__all__ = ("SCHEMA_VERSION", "Scripts")
 
 #: Version of the layout of the ledger. Nodes of another version refuse to touch it.
 SCHEMA_VERSION = "1"
-
-_INCLUDE = re.compile(r"^-- @include (\w+)$", re.MULTILINE)
-_COMMENT = re.compile(r"^\s*--.*\n", re.MULTILINE)
-
-
-@cache
-def source(name: str) -> str:
-    """The text of a script with its includes where it names them, without comments.
-
-    What stands below the common way out of a script costs its calls nothing: each call makes every
-    function anew that it comes by.
-    """
-    folder = files("celery_affinity") / "lua"
-
-    def included(line: re.Match[str]) -> str:
-        return (folder / "include" / f"{line.group(1)}.lua").read_text()
-
-    return _COMMENT.sub("", _INCLUDE.sub(included, (folder / f"{name}.lua").read_text()))
 
 
 def _text(value: Any) -> str:
@@ -71,12 +48,25 @@ class Scripts:
         self._connection: Any = None
 
     def _call(self, name: str, *args: object, lists: Sequence[str] = ()) -> Any:
+        try:
+            return self._run(name, source(name), args, lists)
+        except OutOfMemoryError:
+            if name not in LET_THROUGH:
+                raise
+        return self._run_although_full(name, args, lists)
+
+    def _run_although_full(self, name: str, args: Sequence[object], lists: Sequence[str]) -> Any:
+        return self._run(f"{name} although full", source_although_full(name), args, lists)
+
+    def _run(self, name: str, text: str, args: Sequence[object], lists: Sequence[str]) -> Any:
         script = self._scripts.get(name)
         if script is None:
-            script = self._scripts[name] = self.client.register_script(source(name))
+            script = self._scripts[name] = self.client.register_script(text)
         if self._single_threaded and not lists:
             try:
                 return self._call_directly(script, args)
+            except OutOfMemoryError:
+                raise
             except RedisError:
                 # Not loaded, or the connection is gone: the pooled call below loads and retries.
                 # The scripts answer a repeat as they did the first time.
@@ -130,17 +120,38 @@ class Scripts:
     # What the leader does
 
     def admit(
-        self, state: str, fence: str, lists: Sequence[str], limit: int
+        self,
+        state: str,
+        fence: str,
+        lists: Sequence[str],
+        limit: int,
+        *,
+        although_full: bool = False,
     ) -> tuple[int, bool, int, bytes]:
         """Returns (admitted, more, 1-based list to resolve or 0, its oldest message).
 
         Admitted is -1 if not the leader, -2 if the queue is evacuated.
+
+        Raises:
+            redis.exceptions.OutOfMemoryError: If Redis' memory is full; see `idle_slots`.
         """
-        answer = self._call("admit", state, fence, limit, lists=lists)
+        args = (state, fence, limit)
+        answer = (
+            self._run_although_full("admit", args, lists)
+            if although_full
+            else self._call("admit", *args, lists=lists)
+        )
         if answer[0] < 0:
             return int(answer[0]), False, 0, b""
         stop = int(answer[2])
         return int(answer[0]), bool(answer[1]), stop - 1 if stop else 0, answer[3]
+
+    def idle_slots(self, state: str) -> int:
+        """Free slots that no ready tag waits for. Reads only."""
+        key = self.keys.queue
+        ready: Any = self.client.zcard(key(state, "ring"))
+        free: Any = self.client.zcard(key(state, "idle"))
+        return 0 if ready else int(free)
 
     def resolve(
         self, state: str, fence: str, pending: str, raw: bytes, verdict: Sequence[object]
@@ -219,16 +230,19 @@ class Scripts:
         """End an evacuation; False if it has to be finished first."""
         return bool(self._call("resume", state))
 
-    def rescue(self, state: str, fence: str, budget: int) -> list[Any]:
+    def rescue(
+        self, state: str, fence: str, budget: int, looked: tuple[int, int] | None = None
+    ) -> list[Any]:
         """See rescue.lua."""
-        answer: list[Any] = self._call("rescue", state, fence, budget)
+        answer: list[Any] = self._call("rescue", state, fence, budget, *(looked or ()))
         return answer
 
-    def rebase(self, state: str, fence: str) -> bool:
-        """Count every worker's heartbeat as new; False if not the leader."""
+    def rebase(self, state: str, fence: str, credit_ms: int | None = None) -> bool:
+        """Count every worker's heartbeat as new, or as so much newer; False if not the leader."""
+        credit = () if credit_ms is None else (credit_ms,)
         cursor = 0
         while True:
-            answer = self._call("rebase", state, fence, cursor)
+            answer = self._call("rebase", state, fence, cursor, *credit)
             if answer[0] == -1:
                 return False
             cursor = int(answer[1])
@@ -361,9 +375,20 @@ class Scripts:
         token: str,
         outcome: str,
         *rest: object,
+        grant: str = "",
+        least_ms: int = 0,
     ) -> str:
-        """End a started task; see settle.lua."""
-        return _text(self._call("settle", incarnation, slot, entry, epoch, token, outcome, *rest))
+        """End a started task; see settle.lua.
+
+        Arguments:
+            grant: A start token for the next entry, if that has its lease for `least_ms` at least.
+        """
+        fence = incarnation, slot, entry, epoch, token
+        return _text(self._call("settle", *fence, grant, least_ms, outcome, *rest))
+
+    def decline(self, incarnation: str, slot: int, entry: str, epoch: str, token: str) -> bool:
+        """Give back a start that was granted and not used."""
+        return bool(self._call("decline", incarnation, slot, entry, epoch, token))
 
     def discard(
         self,
@@ -374,9 +399,13 @@ class Scripts:
         send: str,
         verdict: str,
         reason: str = "",
+        alone: bool = False,
     ) -> int:
         """End a dispatched message that was never started; see discard.lua."""
-        return int(self._call("discard", incarnation, slot, entry, epoch, send, verdict, reason))
+        copies = "alone" if alone else ""
+        return int(
+            self._call("discard", incarnation, slot, entry, epoch, send, copies, verdict, reason)
+        )
 
     def lost(self, incarnation: str, slot: int, entry: str, epoch: str, state: str) -> str:
         """What becomes of a task whose process is gone: settled, requeued or buried."""

@@ -92,7 +92,7 @@ class AffinityQueue(BaseModel):
     on_lost: Literal["requeue", "bury"] = "requeue"
     #: What follows when a task has failed for good. "skip": the tag goes on. "block": the task goes
     #: to the dead letters and its tag waits until it is requeued (it then runs first) or purged.
-    #: "park": the same, but the tag waits until `Affinity.resume_tag`, whatever becomes of the
+    #: "park": the same, but the tag waits until `Affinity.resume`, whatever becomes of the
     #: task.
     on_failure: Literal["skip", "block", "park"] = "skip"
     #: Starts after which a task whose process was lost each time is buried.

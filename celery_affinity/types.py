@@ -6,12 +6,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 __all__ = (
+    "ChangeRecord",
     "DeadLetter",
     "EvacuationRecord",
+    "Finding",
+    "HoldRecord",
     "LeaderRecord",
+    "PulseRecord",
     "QueueStats",
+    "QueueStatus",
     "SlotRecord",
+    "StatusRecord",
+    "TagExplanation",
     "TagRecord",
+    "TaskExplanation",
     "WorkerRecord",
 )
 
@@ -73,7 +81,7 @@ class QueueStats:
     ready_tags: int
     #: Tags that hold at least one slot.
     held_tags: int
-    #: Tags that wait for an operator after a failure (on_failure).
+    #: Tags that wait for an operator: paused, or halted after a failure (on_failure).
     halted_tags: int
     #: Free slots of workers that serve this queue.
     idle_slots: int
@@ -81,12 +89,19 @@ class QueueStats:
     dead: int
     #: Whether it is stopped by `evacuate`.
     evacuated: bool
+    #: Whether an operator has paused it.
+    paused: bool
     #: Totals since the ledger began.
     admitted: int
     settled: int
     requeued: int
     buried: int
     leases: int
+    #: Entries that an operator deleted.
+    purged: int
+    #: Tasks settled and leases opened a second, over the last minute.
+    settled_per_second: float
+    leases_per_second: float
 
 
 @dataclass(frozen=True)
@@ -114,8 +129,8 @@ class TagRecord:
     slots: tuple[str, ...]
     #: Place in the ready ring from 1, or None.
     place: int | None
-    #: What failed so that the tag waits for an operator (on_failure), as "block:<entry>" or
-    #: "park:<entry>"; empty for a tag that does not.
+    #: Why the tag waits for an operator: what failed (on_failure), as "block:<entry>" or
+    #: "park:<entry>", or "pause"; empty for a tag that does not.
     halted: tuple[str, ...] = ()
 
 
@@ -149,3 +164,140 @@ class DeadLetter:
     message: bytes
     #: Traceback of the task's error, or "" if it was not an error of the task.
     traceback: str = ""
+
+
+@dataclass(frozen=True)
+class ChangeRecord:
+    """What an operator asked for. It is written down before it is done."""
+
+    #: When, in seconds since the epoch by Redis' clock.
+    at: float
+    #: Who: user and host, or what the caller gave.
+    who: str
+    #: The command, such as "pause".
+    what: str
+    #: The affinity queue, or "" if it is about a worker.
+    queue: str
+    #: The tag, worker or letters that it was about; "" for the whole queue.
+    target: str
+    #: What else was asked, such as "concurrency 3".
+    detail: str
+
+
+@dataclass(frozen=True)
+class HoldRecord:
+    """A slot that holds a tag."""
+
+    worker: str
+    slot: int
+    epoch: int
+    #: Tasks dispatched under this lease so far, and how many it may have while other tags wait.
+    current_batch_size: int
+    max_batch_size: int
+    #: The task that runs, or that is on its way.
+    entry: int | None
+    task: str
+    task_id: str
+    #: Since its start; None while it is on its way.
+    running_seconds: float | None
+
+
+@dataclass(frozen=True)
+class TagExplanation:
+    """Where a tag stands, and what it waits for."""
+
+    queue: str
+    tag: str
+    holds: tuple[HoldRecord, ...]
+    #: How many of its tasks may run at once.
+    concurrency: int
+    #: Entries in its backlog.
+    waiting: int
+    #: For how long the first of them has waited at least, to the second; None if none waits.
+    oldest_seconds: float | None
+    #: Place in the ready ring from 1, or None, and how many tags are in it.
+    place: int | None
+    ready_tags: int
+    #: Estimate until it gets a slot, from the rate of leases; None without a place or a rate.
+    wait_seconds: float | None
+    #: Worker and slot that had it last, as "worker slot"; "" if that is not remembered.
+    last_slot: str
+    #: What keeps it from running, a sentence each, with what to do.
+    obstacles: tuple[str, ...]
+    #: Messages in the pending queue, whatever their tags: the ledger does not know them yet.
+    pending: int
+
+    @property
+    def known(self) -> bool:
+        """Whether the ledger has anything of this tag."""
+        return bool(self.holds or self.waiting or self.obstacles or self.place)
+
+
+TaskState = Literal["running", "dispatched", "waiting", "scheduled", "buried", "pending", "unknown"]
+
+
+@dataclass(frozen=True)
+class TaskExplanation:
+    """Where a task is."""
+
+    queue: str
+    task_id: str
+    #: "pending": sent, and not yet admitted; "unknown": it has ended, or was never sent.
+    state: TaskState
+    #: Its number in the ledger; of a pending one its place in the pending queue.
+    entry: int | None = None
+    #: Its name.
+    task: str = ""
+    #: Tasks of its tag that come before it, those that run not counted.
+    ahead: int | None = None
+    #: Of a scheduled one: until it is due.
+    due_seconds: float | None = None
+    #: Of a buried one: why.
+    reason: str = ""
+    #: Its tag.
+    tag: TagExplanation | None = None
+
+
+@dataclass(frozen=True)
+class QueueStatus:
+    """One affinity queue for whoever looks at the whole."""
+
+    stats: QueueStats
+    leader: LeaderRecord | None
+    #: Workers that serve it, and what of their slots holds one of its tags.
+    workers: int
+    busy_slots: int
+
+
+@dataclass(frozen=True)
+class StatusRecord:
+    """All affinity queues of an app."""
+
+    queues: tuple[QueueStatus, ...]
+    #: What somebody should look at, a sentence each.
+    warnings: tuple[str, ...]
+    #: What operators asked for, the latest first.
+    changes: tuple[ChangeRecord, ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What `Affinity.doctor` found in one place."""
+
+    about: str
+    verdict: Literal["ok", "warning", "error"]
+    found: str
+    #: What to do; "" if nothing is to be done.
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class PulseRecord:
+    """A worker's own sign of life on its machine."""
+
+    node: str
+    pid: int
+    #: Whether its process is there and its heartbeat's thread went round lately.
+    alive: bool
+    #: Since that thread went round last.
+    age_seconds: float

@@ -14,6 +14,8 @@ from celery_affinity.exceptions import ConfigurationError
 from harness import BROKER_VARIABLE, Cluster
 from history import HISTORY_VARIABLE
 
+pytest_plugins = ["reliability"]
+
 #: Run with the plugin for users, by tests of their own (integration/test_testing_plugin.py).
 collect_ignore_glob = ["integration/testing_shop/*"]
 

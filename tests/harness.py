@@ -118,6 +118,11 @@ class Node:
         """Whether the parent process runs."""
         return self.process.poll() is None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it runs, and has said since its last start that it works."""
+        return self.alive and self._ready in self.log_text()
+
     def start(self) -> None:
         """Start the process, also again after it has gone: a new incarnation, the same name."""
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
@@ -316,6 +321,13 @@ class Cluster:
         )
         self.nodes.append(node)
         return node
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, be it a zombie still."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return not _is_running(psutil.Process(pid))
+    return True
 
 
 def _session(pid: int) -> int | None:

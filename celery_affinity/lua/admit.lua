@@ -32,9 +32,8 @@ for k = 2, #KEYS do
     if not tag then stop, stop_raw = k, found[at]; break end
     read[#read + 1] = {found[at], tag, eta}
   end
-  for _, one in ipairs(read) do
-    admit_entry(q, one[1], one[2], one[3])
-    if not tags[one[2]] then tags[one[2]] = true; order[#order + 1] = one[2] end
+  for _, tag in ipairs(admit_entries(q, read)) do
+    if not tags[tag] then tags[tag] = true; order[#order + 1] = tag end
   end
   if #read > 0 then redis.call('LTRIM', KEYS[k], 0, -#read - 1) end
   admitted = admitted + #read

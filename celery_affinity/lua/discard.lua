@@ -1,8 +1,9 @@
 -- discard: a dispatched message ended in the node without ever being started.
 --
 -- KEYS[1] namespace prefix
--- ARGV    incarnation, slot, entry, epoch, send number, 'settle' (revoked, expired) | 'bury'
---         (undecodable), reason | 'unknown', name of the task that this worker does not know
+-- ARGV    incarnation, slot, entry, epoch, send number, 'alone' if no other copy of it is in the node
+--         (else ''), 'settle' (revoked, expired) | 'bury' (undecodable), reason | 'unknown', name of the
+--         task that this worker does not know
 -- Returns 0 not this caller's (any more), or it has started; 1 done;
 --         2 requeued, for a worker that knows the task or has not tried yet (else it is buried, and
 --         the caller tells whoever waits for its result)
@@ -29,12 +30,14 @@ local l, leased = load_lease(inc, i)
 if not leased or l.epoch ~= epoch then return 0 end
 local k = l.out[1] and l.out[1].entry == entry and 1 or 2
 local o = l.out[k]
-if not o or o.entry ~= entry or o.send ~= send or o.token then return 0 end
+if not o or o.entry ~= entry or o.send ~= send then return 0 end
+-- One whose start was granted has not begun if this was its only copy, and no later one gets further.
+if o.token and not (is_granted(l, o) and ARGV[6] == 'alone') then return 0 end
 if l.cn > 1 then redis.call('SREM', queue_key(l.q, 'unst'), l.tag) end
-if ARGV[6] == 'unknown' then
-  redis.call('SADD', worker_key(inc, 'lacks'), ARGV[7])
-  if another_may_know(l.q, ARGV[7]) then
-    redis.call('HSET', queue_key(l.q, 'needs'), l.tag, ARGV[7])
+if ARGV[7] == 'unknown' then
+  redis.call('SADD', worker_key(inc, 'lacks'), ARGV[8])
+  if another_may_know(l.q, ARGV[8]) then
+    redis.call('HSET', queue_key(l.q, 'needs'), l.tag, ARGV[8])
     redis.call('HSET', queue_key(l.q, 'conf'), 'lacking', '1')
     conf(l.q).lacking = true
     put_back(l.q, l.tag, entry)
@@ -44,9 +47,9 @@ if ARGV[6] == 'unknown' then
     go_on(l, worker(inc))
     return 2
   end
-  bury(l.q, entry, l.tag, 'unknown task ' .. ARGV[7], nil, true)
-elseif ARGV[6] == 'bury' then
-  bury(l.q, entry, l.tag, ARGV[7])
+  bury(l.q, entry, l.tag, 'unknown task ' .. ARGV[8], nil, true)
+elseif ARGV[7] == 'bury' then
+  bury(l.q, entry, l.tag, ARGV[8])
 else
   forget_entry(l.q, entry)
   count(l.q, 'settled')

@@ -30,6 +30,7 @@ for k = 2, #ARGV do
       redis.call('ZREM', queue_key(q, 'ring'), tag)
       redis.call('ZREM', queue_key(q, 'hold'), tag)
       redis.call('HDEL', queue_key(q, 'halted'), tag)
+      redis.call('HDEL', queue_key(q, 'later'), tag)
       redis.call('HDEL', queue_key(q, 'since'), tag)
     end
     redis.call('LPUSH', stage, raw)

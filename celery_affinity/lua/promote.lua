@@ -13,10 +13,12 @@
 -- @include lease
 -- @include match
 -- @include admit_entry
+-- @include tend
 local q, fence, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
 if not in_term(q, fence) then return {-1} end
 redis.call('DEL', queue_key(q, 'wake'))
 local untold = redis.call('LLEN', queue_key(q, 'untold'))
+tend(q)
 if conf(q).stopped then return {0, -1, untold} end
 local eta, messages = queue_key(q, 'eta'), queue_key(q, 'm')
 local due = redis.call('ZRANGEBYSCORE', eta, '-inf', text(NOW), 'LIMIT', 0, limit)

@@ -1,7 +1,9 @@
 -- rescue: take out one worker whose heartbeat is overdue.
 --
--- KEYS[1] namespace prefix     ARGV queue, fence, how many leases at most
--- Returns {-1} not the leader;
+-- KEYS[1] namespace prefix
+-- ARGV    queue, fence, how many leases at most, Redis' clock when the leader looked at it (ms), for how
+--         long that look is good (ms); the last two may be left out
+-- Returns {-1} not the leader; {-2} the look is too old, or the clock has jumped since: look again;
 --         {0, ms until the next worker can be overdue, or -1 without workers};
 --         {1, node name, incarnation, entries given back, more}
 -- @include base
@@ -13,6 +15,7 @@
 -- @include forget
 local q, fence, budget = ARGV[1], ARGV[2], tonumber(ARGV[3])
 if not in_term(q, fence) then return {-1} end
+if ARGV[4] and math.abs(NOW - tonumber(ARGV[4])) > tonumber(ARGV[5]) then return {-2} end
 local first = redis.call('ZRANGE', P .. 'workers', 0, 0, 'WITHSCORES')
 if not first[1] then return {0, -1} end
 local wait = tonumber(first[2]) - NOW

@@ -1,4 +1,4 @@
--- resume_tag: a halted tag (on_failure) goes on with what it has.
+-- resume_tag: a tag that is paused or halted (on_failure) goes on with what it has.
 --
 -- KEYS[1] namespace prefix     ARGV queue, tag
 -- Returns 1; 0 it was not halted (any more). A repeat changes nothing.

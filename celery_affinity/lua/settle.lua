@@ -2,12 +2,15 @@
 --
 -- KEYS[1] namespace prefix
 -- ARGV    incarnation, slot, entry, epoch, start token,
---         outcome: 'done' | 'again' (the same message to the end of its tag) | 'bury' (ARGV[7]:
---         reason) | 'failed' (ARGV[7], ARGV[8]: reason, traceback; on_failure says what that means;
+--         a start token for the next entry ('' if none may be granted), for how long that one must
+--         have its lease at least (ms),
+--         outcome: 'done' | 'again' (the same message to the end of its tag) | 'bury' (ARGV[9]:
+--         reason) | 'failed' (ARGV[9], ARGV[10]: reason, traceback; on_failure says what that means;
 --         whoever waits for its result knows), then for each retry: its message, due time in ms
 --         or ''
--- Returns 'held' the lease goes on; 'empty' | 'batch' | 'drained' | 'retry' | 'halted' why it was
---         released;
+-- Returns 'held' the lease goes on; 'held <entry>' and this one, which was dispatched to the slot before,
+--         is started with the second token; 'empty' | 'batch' | 'drained' | 'retry' | 'halted' why
+--         the lease was released;
 --         'stale' the entry is not this caller's any more, nothing was changed.
 -- A repeat with the same token gets the same answer.
 -- @include base
@@ -15,7 +18,7 @@
 -- @include deliver
 -- @include lease
 -- @include proceed
-local inc, i, entry, epoch, token, outcome = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local inc, i, entry, epoch, token, outcome = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[8]
 local l, leased = load_lease(inc, i)
 if l.last_token == token then return l.last_answer end
 local first = l.out[1]
@@ -28,12 +31,34 @@ local function answered(answer)
   redis.call('HSET', slot_key(inc, i), 'lt', token, 'lr', answer)
   return answer
 end
-local plain = outcome == 'done' and not ARGV[7]
+-- Whether the next entry may be started with this one's end. It was out before, so its message is on its
+-- way to this process or waits for it. If it gets lost it counts one start although it may have had
+-- none: so only one that this cannot bury (decisions.md).
+local function may_grant(o)
+  if ARGV[6] == '' or not o or l.out[1] ~= o or not (w and w.active) then return false end
+  if conf(q).bury_lost or conf(q).deliveries < 2 then return false end
+  local due = tonumber(redis.call('ZSCORE', P .. 'workers', inc) or 0)
+  return due - NOW >= tonumber(ARGV[7]) and redis.call('HEXISTS', queue_key(q, 'att'), o.entry) == 0
+end
+local plain = outcome == 'done' and not ARGV[9]
 if plain then
   forget_entry(q, entry)
   count(q, 'settled')
   drop_first(l)
-  if proceed(l, w) then return answered('held') end
+  local waited = l.out[1]
+  if proceed(l, w) then
+    l.last_token, l.last_answer = token, 'held'
+    if may_grant(waited) then
+      waited.token = ARGV[6]
+      if is_sampled(waited.entry) then
+-- @include waits
+        note_wait(q, waited.entry)
+      end
+      l.last_answer = 'held ' .. waited.entry
+    end
+    save_lease(l)
+    return l.last_answer
+  end
 end
 -- @include match
 -- @include admit_entry
@@ -42,16 +67,16 @@ end
 if plain then return answered(pass_on(l, w)) end
 local failed = outcome == 'failed' and conf(q).failure > 0
 if outcome == 'bury' then
-  bury(q, entry, tag, ARGV[7])
+  bury(q, entry, tag, ARGV[9])
 else
   if outcome == 'again' then
     local raw = redis.call('HGET', queue_key(q, 'm'), entry)
     if raw then admit_entry(q, raw, tag) end
   end
   local kept = false
-  for k = outcome == 'failed' and 9 or 7, #ARGV, 2 do
+  for k = outcome == 'failed' and 11 or 9, #ARGV, 2 do
     local eta = tonumber(ARGV[k + 1])
-    if k == 7 and keep_place(l, entry, ARGV[k], eta) then
+    if k == 9 and keep_place(l, entry, ARGV[k], eta) then
       kept = true
     else
       admit_entry(q, ARGV[k], tag, eta)
@@ -59,7 +84,7 @@ else
     if eta then ring_bell(q) end
   end
   if failed then
-    bury(q, entry, tag, ARGV[7], nil, true, ARGV[8])
+    bury(q, entry, tag, ARGV[9], nil, true, ARGV[10])
   elseif not kept then
     forget_entry(q, entry)
   end

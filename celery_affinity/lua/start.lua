@@ -16,7 +16,7 @@ if due - NOW < tonumber(ARGV[7]) then return -5 end
 if v[2] == entry then
   if v[4] then return v[4] == token and 1 or -3 end
   if v[3] ~= send then return -2 end
-  redis.call('HSET', slot_key(inc, i), 'k1', token)
+  redis.call('HSET', slot_key(inc, i), 'k1', token, 'began', text(NOW))
   if is_sampled(entry) then
 -- @include waits
     note_wait(v[8], entry)

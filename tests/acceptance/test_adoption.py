@@ -86,6 +86,10 @@ def test_a_worker_without_the_library_is_named_in_one_warning(
     assert leader.log_text().count("past the ledger") == 1
 
 
+@pytest.mark.proves(
+    "deploy over plain Celery",
+    "nothing is lost; the promises hold once the old workers are gone",
+)
 @pytest.mark.parametrize("first", ["web", "workers"])
 def test_a_rolling_deploy_loses_nothing_and_keeps_the_laws_once_the_old_are_gone(
     cluster: Cluster, history_path: Path, producer: Producer, plain: Celery, first: str
@@ -150,7 +154,7 @@ def test_an_evacuated_app_runs_on_under_plain_celery_and_can_come_back(
     old.wait()
 
     cluster.worker(APP, "again", queues="jobs", concurrency=2, environ=QUICK, extra=LEAN)
-    assert "dispatches again" in operate(cluster, "resume", "jobs")
+    assert "dispatches again" in operate(cluster, "resume", "--queue", "jobs")
     producer.send_each(TAGS)
     wait_for_ends(history_path, producer.sent)
     assert {run.worker for run in runs(history_path)[-len(TAGS):]} == {"again@test"}

@@ -217,6 +217,10 @@ def test_a_revoked_task_and_an_expired_one_do_not_run_and_their_tag_goes_on(
     assert wait_state(revoked, states.REVOKED) == wait_state(expired, states.REVOKED) == states.REVOKED
 
 
+@pytest.mark.proves(
+    "outcome: second copy of a message",
+    "refused: no run, no state, no event",
+)
 @pytest.mark.parametrize("when", ["while it runs", "after its end"])
 def test_a_refused_copy_leaves_no_state_and_no_event(
     cluster: Cluster, server: Server, history_path: Path, producer: Producer, when: str

@@ -30,9 +30,9 @@ from history import History
 pytestmark = pytest.mark.acceptance
 
 #: Of the ledger, without any work and any worker: counters, settings, the layout's version,
-#: the bounded memory of where tags ran, doorbells.
+#: the bounded memory of where tags ran and how fast they were, doorbells.
 LASTING = re.compile(
-    r"\{affinity:default\}:(schema|q:jobs:(c|conf|warm|warmz|wake|vacant|leader)"
+    r"\{affinity:default\}:(schema|q:jobs:(c|conf|warm|warmz|wake|vacant|leader|pace)"
     r"|q:\"beat:affinity_app\":(c|runs|vacant|leader))"  # of the beats, and last runs
 )
 
@@ -99,6 +99,10 @@ def test_an_idle_system_holds_no_key_for_any_tag(
     assert stats.admitted == producer.sent
 
 
+@pytest.mark.proves(
+    "4: workers are stopped or killed",
+    "no key, binding or queue of them is left",
+)
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 def test_workers_that_are_gone_leave_no_key_no_binding_and_no_queue(
     cluster: Cluster, history_path: Path, producer: Producer, redis: Redis, how: str
@@ -174,6 +178,10 @@ def assert_running(slot: SlotRecord, concurrency: int, pool: str) -> None:
     assert slot.running_entry == 2
 
 
+@pytest.mark.proves(
+    "4: a worker dies while it starts",
+    "no key, binding or queue of it is left",
+)
 def test_a_worker_that_dies_while_it_starts_leaves_nothing(
     cluster: Cluster, producer: Producer, redis: Redis
 ) -> None:

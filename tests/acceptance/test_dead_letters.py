@@ -99,7 +99,7 @@ def test_a_parked_tag_is_set_aside_until_it_is_resumed(
     assert producer.affinity.purge_dead("jobs", tag="tag") == 1
     assert producer.send("other")[0].get(timeout=30) == 0
     wait_until(lambda: halted(producer)["tag"][0] == 3, what="a backlog that is set aside")
-    producer.affinity.resume_tag("jobs", "tag")
+    producer.affinity.resume("jobs", "tag")
     assert [result.get(timeout=30) for result in behind] == [1, 2, 3]
     assert halted(producer) == {}
 

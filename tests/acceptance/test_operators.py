@@ -131,6 +131,10 @@ def test_an_added_queue_and_a_cancelled_one_stay_so_over_a_reconnect(
     History.load(history_path).assert_lawful()
 
 
+@pytest.mark.proves(
+    "17: the ledger has forgotten a change of a node",
+    "the next heartbeat tells it again",
+)
 def test_a_ledger_that_was_restored_from_before_a_change_is_told_again(
     shop: Domain, history_path: Path, server: Server
 ) -> None:
@@ -216,6 +220,10 @@ def has_slots(shop: Domain, count: int) -> None:
     wait_until(lambda: len(slots(shop.affinity)) == count, 30, f"{count} slots")
 
 
+@pytest.mark.proves(
+    "45: pool_grow and pool_shrink",
+    "slots follow; nothing is lost, exclusion and order hold",
+)
 def test_slots_follow_a_pool_that_grows_and_shrinks(
     shop: Domain, history_path: Path, tmp_path: Path
 ) -> None:
@@ -301,6 +309,10 @@ def test_the_last_slot_cannot_be_taken_away(shop: Domain, history_path: Path) ->
     wait_for_ends(history_path, 2)
 
 
+@pytest.mark.proves(
+    "2, 45: a process is killed while the pool shrinks",
+    "its slot comes back if it stays",
+)
 def test_a_slot_whose_process_is_killed_while_the_pool_shrinks_comes_back_if_it_stays(
     shop: Domain, history_path: Path, tmp_path: Path
 ) -> None:
@@ -349,6 +361,10 @@ def test_a_threads_pool_says_that_it_cannot_grow(shop: Domain, history_path: Pat
     wait_for_ends(history_path, 5)
 
 
+@pytest.mark.proves(
+    "45: autoscale",
+    "a slot gets its process with its first task",
+)
 def test_with_autoscale_a_slot_gets_its_process_when_it_gets_a_task(
     shop: Domain, history_path: Path, tmp_path: Path
 ) -> None:

@@ -47,6 +47,10 @@ def worker(cluster: Cluster, name: str = "w1", app: str = NEWER, concurrency: in
     )
 
 
+@pytest.mark.proves(
+    "outcome: process or worker lost, on_lost bury",
+    "buried after its one start; FAILURE is stored, errbacks run; the tag goes on",
+)
 @pytest.mark.parametrize("lost", ["child", "worker"])
 def test_a_task_that_must_not_run_again_fails_when_its_process_is_lost(
     cluster: Cluster, history_path: Path, producer: Producer, lost: str
@@ -106,6 +110,10 @@ def test_untagged_tasks_are_spread_over_all_slots(
     assert spreading.affinity.stats("jobs").dead == 0
 
 
+@pytest.mark.proves(
+    "outcome: unknown task, another worker knows it",
+    "it goes there, in its place",
+)
 def test_an_unknown_task_goes_to_a_worker_that_knows_it(
     cluster: Cluster, history_path: Path, producer: Producer
 ) -> None:
@@ -125,6 +133,10 @@ def test_an_unknown_task_goes_to_a_worker_that_knows_it(
     assert "unknown here; it goes to a worker that knows it" in old.log_text()
 
 
+@pytest.mark.proves(
+    "outcome: unknown task",
+    "buried; its caller learns of it",
+)
 def test_a_task_that_no_worker_knows_is_buried_and_its_caller_told(
     cluster: Cluster, history_path: Path, producer: Producer
 ) -> None:
@@ -139,6 +151,10 @@ def test_a_task_that_no_worker_knows_is_buried_and_its_caller_told(
     assert dead.reason == "unknown task jobs.newer"
 
 
+@pytest.mark.proves(
+    "outcome: buried member of a chord",
+    "the chord fails",
+)
 def test_a_chord_hears_of_a_buried_member(
     cluster: Cluster, history_path: Path, producer: Producer
 ) -> None:

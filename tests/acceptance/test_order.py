@@ -133,7 +133,7 @@ class Starts:
             words = seen["command"].split(" ")
             if seen["client_type"] != "lua":
                 script = words
-            elif words[0].upper() == "HSET" and words[2] == "k1" and len(words) == 4:
+            elif words[0].upper() == "HSET" and words[2:5:2] == ["k1", "began"]:
                 # EVALSHA sha 1 prefix incarnation slot entry ...: this one may start
                 self.entries.append(int(script[6]))
 

@@ -49,6 +49,10 @@ def lines(node: Node, text: str) -> list[str]:
     return [line for line in node.log_text(all_starts=True).splitlines() if text in line]
 
 
+@pytest.mark.proves(
+    "25: all connections are killed",
+    "nothing is lost or run twice",
+)
 def test_a_reconnected_worker_loses_nothing(
     cluster: Cluster, server: Server, history_path: Path, producer: Producer
 ) -> None:
@@ -71,6 +75,10 @@ def test_a_reconnected_worker_loses_nothing(
     assert all(node.alive for node in workers)
 
 
+@pytest.mark.proves(
+    "4, 6, 14: Redis, workers and beats are killed and started again",
+    "nothing is lost",
+)
 def test_everything_restarted_at_once_loses_nothing(
     cluster: Cluster, server: Server, history_path: Path, producer: Producer
 ) -> None:
@@ -95,6 +103,10 @@ def test_everything_restarted_at_once_loses_nothing(
     wait_for_nodes(producer.affinity, 2)
 
 
+@pytest.mark.proves(
+    "14: Redis is down when a worker starts",
+    "it waits and works then",
+)
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_redis_down_at_start_is_waited_for(
     cluster: Cluster, server: Server, history_path: Path, producer: Producer, pool: str
@@ -124,6 +136,10 @@ def test_redis_down_at_start_is_waited_for(
     assert "Traceback" not in beat.log_text()
 
 
+@pytest.mark.proves(
+    "14, 18: Redis is killed or frozen and comes back",
+    "workers and leader wait; nothing is lost",
+)
 @pytest.mark.parametrize("how", ["killed", "paused"])
 def test_redis_that_goes_in_the_middle_is_waited_for(
     cluster: Cluster, server: Server, history_path: Path, producer: Producer, how: str
@@ -159,6 +175,10 @@ def test_redis_that_goes_in_the_middle_is_waited_for(
     assert history.reruns() == 0 or how == "paused"
 
 
+@pytest.mark.proves(
+    "25: connections are killed while a result is half read",
+    "the slot and its tag go on",
+)
 def test_a_connection_that_is_lost_while_a_result_is_read_does_not_wedge_the_slot(
     cluster: Cluster, server: Server, history_path: Path, producer: Producer
 ) -> None:

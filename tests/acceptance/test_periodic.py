@@ -69,6 +69,10 @@ def start_worker(cluster: Cluster, role: dict[str, str] = WORKER_ONLY) -> Node:
     )
 
 
+@pytest.mark.proves(
+    "6: the beat that sends periodic tasks is killed, three times",
+    "no interval is sent twice or skipped",
+)
 def test_no_interval_is_sent_twice_or_skipped_over_three_beat_kills(
     cluster: Cluster, history_path: Path, redis: Redis
 ) -> None:
@@ -156,6 +160,10 @@ def test_a_beat_that_stops_hands_over_at_once(
     assert_each_second_once(dues(history_path, "ordinary"))
 
 
+@pytest.mark.proves(
+    "9: the beat that sends periodic tasks is frozen and wakes up",
+    "it sends nothing",
+)
 def test_a_frozen_beat_that_wakes_up_sends_nothing(
     cluster: Cluster, history_path: Path, redis: Redis
 ) -> None:
@@ -186,6 +194,10 @@ def test_an_entry_that_raises_does_not_stop_the_others(
     assert not redis.hexists(KEYS.queue(STATE, "unsent"), "broken")
 
 
+@pytest.mark.proves(
+    "14: Redis is away while a beat runs",
+    "it waits and catches up",
+)
 def test_a_beat_waits_for_redis_and_catches_up(
     cluster: Cluster, history_path: Path, server: Server
 ) -> None:

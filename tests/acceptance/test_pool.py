@@ -91,6 +91,10 @@ def test_the_parent_sleeps_while_a_job_waits_for_its_busy_process(
     History.load(history_path).assert_lawful([("busy", 0), ("busy", 1)], lease_within="process")
 
 
+@pytest.mark.proves(
+    "45: max_tasks_per_child",
+    "the new process has the slot and its lease",
+)
 def test_a_replaced_child_keeps_its_slot(cluster: Cluster, history_path: Path) -> None:
     make_app(cluster.broker_url)
     sent = [(f"tag-{tag}", seq) for seq in range(14) for tag in range(3)]
@@ -110,6 +114,10 @@ def test_a_replaced_child_keeps_its_slot(cluster: Cluster, history_path: Path) -
     assert max(len(places) for places in history.lease_processes("process").values()) >= 2
 
 
+@pytest.mark.proves(
+    "2: a pool process is killed in a task",
+    "its slot goes on with the tag, in a new process",
+)
 def test_a_killed_childs_slot_goes_on_with_its_tag(cluster: Cluster, history_path: Path) -> None:
     make_app(cluster.broker_url)
     sent = [("hot", seq) for seq in range(8)]
@@ -133,6 +141,10 @@ def test_a_killed_childs_slot_goes_on_with_its_tag(cluster: Cluster, history_pat
     assert victim["pid"] not in {event["pid"] for event in later}
 
 
+@pytest.mark.proves(
+    "2: a pool process is killed in a task, 8 times",
+    "noticed within 3 s each time",
+)
 def test_every_killed_child_is_noticed_at_once(cluster: Cluster, history_path: Path) -> None:
     """The stock pool may notice only by its timer, up to 5 s later."""
     make_app(cluster.broker_url)

@@ -393,6 +393,10 @@ def test_a_soft_limit_is_raised_in_the_task_and_a_hard_one_ends_its_process(twin
 # Revokes
 
 
+@pytest.mark.proves(
+    "47: revoked in the backlog, dispatched or due later, by every way to revoke",
+    "REVOKED is stored; it never runs",
+)
 def test_what_is_revoked_while_it_waits_never_runs(
     tagged: Twins, worker: Node, shared_server: Server
 ) -> None:
@@ -429,6 +433,10 @@ def from_another_process(server: Server, *command: str) -> None:
     )
 
 
+@pytest.mark.proves(
+    "46: terminated, it cleans up for 0.7 s",
+    "REVOKED is stored; the next task of the tag starts when its process is gone",
+)
 @pytest.mark.parametrize("signal", ["SIGTERM", "SIGKILL"])
 def test_a_terminated_task_is_revoked_and_its_tag_waits_for_its_process(
     tagged: Twins, signal: str
@@ -460,6 +468,10 @@ def test_a_second_task_of_an_id_can_be_terminated(tagged: Twins) -> None:
 # Burials
 
 
+@pytest.mark.proves(
+    "outcome: process lost each time, with acks_late, reject_on_worker_lost and retry_on_worker_lost",
+    "buried after max_deliveries; FAILURE is stored, the errback runs once",
+)
 def test_a_task_that_kills_its_process_each_time_fails_and_its_errback_runs(tagged: Twins) -> None:
     """Also one for which Celery would give the message back, or send it again."""
     tag = tagged.tag()
@@ -484,6 +496,10 @@ def test_a_task_whose_result_was_stored_before_its_process_died_does_not_run_aga
     assert stored(result) == 5
 
 
+@pytest.mark.proves(
+    "outcome: message without a usable tag",
+    "buried; FAILURE is stored, errbacks run, its chord fails",
+)
 def test_whoever_waits_for_an_unusable_message_learns_of_its_failure(tagged: Twins) -> None:
     errback = tagged.app.signature("semantics.errback", ("no tag",))
     result = tagged.app.send_task(
@@ -566,6 +582,10 @@ def own_worker(
     )
 
 
+@pytest.mark.proves(
+    "47: revoked with no worker up",
+    "the next worker stores REVOKED; it never runs",
+)
 def test_what_is_revoked_with_no_worker_up_is_ended_by_the_next_one(
     server: Server, history_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,6 +148,10 @@ def test_a_worker_without_a_leader_says_once_what_to_start_and_when_there_is_one
     assert worker.log_text().count("is scheduled again") == 1
 
 
+@pytest.mark.proves(
+    "44: two workers of one name",
+    "both work, with queues of their own; the newcomer warns",
+)
 def test_two_workers_of_one_name_both_work_and_the_newcomer_says_so_once(
     cluster: Cluster, history_path: Path, producer: Producer, tmp_path: Path
 ) -> None:
@@ -177,6 +181,10 @@ def test_two_workers_of_one_name_both_work_and_the_newcomer_says_so_once(
     assert "Another running worker" not in elder.log_text()
 
 
+@pytest.mark.proves(
+    "44: a killed worker comes back under its name",
+    "it works; no warning",
+)
 def test_a_worker_that_comes_back_after_a_kill_meets_no_namesake(
     cluster: Cluster, producer: Producer, redis: Redis
 ) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 import acceptance.apps.newer  # noqa: F401  (the test's producer knows its tasks)
 from acceptance.support import LEAN, QUICK, Producer, finished, runs, wait_for_nodes, wait_for_run
 from celery_affinity.embedded import Server
-from harness import RESULTS_VARIABLE, Cluster, wait_until
+from harness import RESULTS_VARIABLE, Cluster, is_gone, wait_until
 
 pytestmark = pytest.mark.acceptance
 
@@ -24,14 +23,10 @@ def producer(cluster: Cluster) -> Producer:
     return Producer(cluster.broker_url)
 
 
-def is_gone(pid: int) -> bool:
-    """Whether the process has ended, be it a zombie still."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
+@pytest.mark.proves(
+    "29: a worker is cut off from Redis, on_ledger_lost stop",
+    "its task is killed before the lease ends",
+)
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_a_task_ends_before_its_lease_when_the_worker_is_cut_off(
     cluster: Cluster, server: Server, history_path: Path, producer: Producer, pool: str
@@ -58,6 +53,10 @@ def test_a_task_ends_before_its_lease_when_the_worker_is_cut_off(
     assert [run.seq for run in history.runs] == [0, 0, 1]
 
 
+@pytest.mark.proves(
+    "10: a worker's parent is frozen, on_ledger_lost stop",
+    "its task is killed before it runs elsewhere",
+)
 def test_a_task_ends_before_its_lease_when_its_parent_is_stopped(
     cluster: Cluster, history_path: Path, producer: Producer
 ) -> None:
@@ -79,6 +78,10 @@ def test_a_task_ends_before_its_lease_when_its_parent_is_stopped(
     wait_for_nodes(producer.affinity, 2)
 
 
+@pytest.mark.proves(
+    "18: Redis is frozen while a task ends",
+    "its settle waits; one run",
+)
 def test_by_default_a_task_finishes_and_its_settle_waits(
     cluster: Cluster, server: Server, history_path: Path, producer: Producer
 ) -> None:
@@ -93,6 +96,10 @@ def test_by_default_a_task_finishes_and_its_settle_waits(
     assert len(runs(history_path)) == 1
 
 
+@pytest.mark.proves(
+    "outcome: SUCCESS stored, process lost before the settle",
+    "settled, not run again",
+)
 def test_a_task_whose_success_is_stored_does_not_run_again(
     cluster: Cluster, history_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,8 @@ from harness import Node
 STOP_SECONDS = 60.0
 #: How long after a BUSY a worker may take to end of it.
 BUSY_DEATH_SECONDS = 8.0
+#: What Celery logs when it gives up a start because its pool processes were not up within 4 s.
+FAILED_START = "Could not start worker processes"
 
 
 @dataclass
@@ -195,17 +197,27 @@ class Faults:
     # Time
 
     def run_due(self) -> None:
-        """Do what is due; start what has ended by itself, which only BUSY may bring about."""
+        """Do what is due; start what has ended by itself, which only Celery's own limits may bring about."""
         for node in self.system.nodes:
             if node.name not in self._under and not node.alive:
-                since = max((f.begin for f in self.log if f.verb == "busy_redis"), default=0.0)
-                if now() - since > 2 * BUSY_DEATH_SECONDS:
+                cause = self._cause_of_death(node)
+                if not cause:
                     self.violations.append(f"death: {node.name} has ended by itself: {node.log_tail(15)}")
-                self._note("died", node.name, 0.0)
+                self._note(cause or "died", node.name, 0.0)
                 node.destroy()
                 node.start()
         while self._due and self._due[0][0] <= now():
             heapq.heappop(self._due)[2]()
+
+    def _cause_of_death(self, node: Node) -> str:
+        """Which declared limit of Celery itself explains the end of a node; "" if none does.
+
+        A BUSY; or a start that it has given up, in which it was frozen, or starved.
+        """
+        if FAILED_START in node.log_text():
+            return "start_failed"
+        since = max((f.begin for f in self.log if f.verb == "busy_redis"), default=0.0)
+        return "died_of_busy" if now() - since <= 2 * BUSY_DEATH_SECONDS else ""
 
     def save(self) -> None:
         """Write the log, a line each."""

@@ -7,7 +7,10 @@ frozen or cut off, (b) the run was under way when the lease can have ended, and 
 task ran again under a later epoch. It never excuses a loss.
 
 A worker that comes back has what is left of its last heartbeat until its next one is noted: it may
-take a task in that time and be given up in it. So (b) reaches one heartbeat interval past the fault.
+be given up in that time. So the lease of (b) may end one heartbeat interval past the fault. But it
+starts nothing in that time: start.lua refuses while less than half of a lease is left. So an excused
+run began before the fault or in the first half of a lease after that, or it had passed its gate when
+its process was frozen, and recorded its start as soon as that woke.
 """
 
 from __future__ import annotations
@@ -27,10 +30,14 @@ from history import History, Run
 
 #: Cut a worker off from Redis, or stop its heartbeat.
 SEVERING = ("freeze_parent", "freeze_tree", "freeze_leader", "blackhole", "drop_replies")
+#: Those that stop the processes that run its tasks, too.
+FREEZING = ("freeze_tree", "freeze_leader")
+#: From the gate's permission to the record of the start, on a loaded machine.
+RECORD_SECONDS = 0.5
 #: End a process that may just have recorded a task's end, and not yet settled it.
 ENDING = (
     "kill_worker", "kill_tree", "kill_child", "kill_leader", "kill_all", "stop_warm", "stop_cold", "stop_twice",
-    "rolling_restart", "died",
+    "rolling_restart", "died", "died_of_busy", "start_failed",
 )
 #: The kinds of tasks that may be in order only among themselves: each has a tag of its own.
 _DUE = "due-"
@@ -61,9 +68,13 @@ def stale_runs(history: History, faults: Sequence[Fault]) -> list[Run]:
 def _outlived_its_lease(run: Run, fault: Fault) -> bool:
     # The last heartbeat before the fault may be an interval old.
     lease_ends = fault.begin + HEARTBEAT_TIMEOUT_SECONDS - HEARTBEAT_INTERVAL_SECONDS
+    started = run.start / 1e9
     ended = float("inf") if run.end is None else run.end / 1e9
     back = fault.end + HEARTBEAT_INTERVAL_SECONDS
-    return run.start / 1e9 <= back and back > lease_ends and ended > lease_ends
+    if back <= lease_ends or ended <= lease_ends:
+        return False
+    had_passed = fault.verb in FREEZING and fault.end <= started <= fault.end + RECORD_SECONDS
+    return had_passed or started <= fault.begin + HEARTBEAT_TIMEOUT_SECONDS / 2 + RECORD_SECONDS
 
 
 def judge_history(

@@ -78,9 +78,9 @@ class Chaos:
         while not self.faults.quiet and now() < deadline:
             self.faults.run_due()
             time.sleep(0.02)
-        found = list(self.faults.violations)
+        found: list[str] = []
         try:
-            self.system.wait_until_whole()
+            self.system.wait_until_whole(revive=self.faults.run_due)
             wait_until(lambda: not self._open_tasks(), DRAIN_SECONDS, "the end of all tasks")
             affinity, client = self.system.producer.affinity, self.system.client
             with suppress(AssertionError):  # a last settle, a reply queue of Celery's own inspect
@@ -93,7 +93,7 @@ class Chaos:
         history = self._chapter()
         broken, seen = judge_history(history, self.faults.log, self._dead())
         self.totals.update(seen)
-        return found + broken
+        return [*self.faults.violations, *found, *broken]
 
     def _open_tasks(self) -> list[Any]:
         left = self.tail.left(self.tail.sent)
@@ -122,16 +122,20 @@ class Chaos:
         return Counter(fault.verb for fault in new)
 
 
-def run(chaos: Chaos, minutes: float, chapter_minutes: float, calm_seconds: float) -> int:
+def run(
+    chaos: Chaos, minutes: float, chapter_minutes: float, calm_seconds: float, summary_path: Path
+) -> int:
     """All chapters; the exit status."""
     chaos.system.wait_until_whole()
+    begin = now()
     calm = chaos.load(calm_seconds, chaos=False)
     print(f"seed {chaos.seed}: undisturbed {calm:.0f} tasks/s, {chaos.directory}", flush=True)
     if found := chaos.settle():
         return report(chaos, found)
     end = now() + 60 * minutes
     rates: list[float] = []
-    while now() < end:
+    found = []
+    while now() < end and not found:
         rates.append(chaos.load(min(60 * chapter_minutes, end - now()), chaos=True))
         quiet = now()
         found = chaos.settle()
@@ -141,15 +145,20 @@ def run(chaos: Chaos, minutes: float, chapter_minutes: float, calm_seconds: floa
             f"faults, all done {now() - quiet:.1f} s after; so far {dict(chaos.totals)}; "
             f"{dict(verbs.most_common())}", flush=True,
         )
-        if found:
-            return report(chaos, found)
-    share = sum(rates) / len(rates) / calm
-    print(json.dumps({
-        "seed": chaos.seed, "minutes": minutes, "violations": 0, "undisturbed tasks/s": round(calm),
-        "throughput": f"{share:.0%}", **chaos.totals,
+    summary = {
+        "seed": chaos.seed, "minutes": round((now() - begin) / 60, 1), "violations": found,
+        "undisturbed_tasks_per_second": round(calm, 1),
+        "chapter_tasks_per_second": [round(rate, 1) for rate in rates],
+        "throughput_share": round(sum(rates) / len(rates) / calm, 3), **chaos.totals,
         "faults": Counter(fault.verb for fault in chaos.faults.log),
-    }), flush=True)
-    return 0
+    }
+    summary_path.write_text(json.dumps(summary, indent=2) + "\n")
+    print(
+        f"seed {chaos.seed}, {summary['minutes']} minutes: {len(found)} violations; throughput "
+        f"{summary['throughput_share']:.0%} of the undisturbed {calm:.0f} tasks/s; {dict(chaos.totals)}; "
+        f"{len(chaos.faults.log)} faults; all counts in {summary_path}", flush=True,
+    )
+    return report(chaos, found) if found else 0
 
 
 def run_each(chaos: Chaos, names: list[str], rounds: int) -> int:
@@ -193,6 +202,7 @@ def main() -> int:
     parser.add_argument("--seed", default=str(random.randrange(10**6)))
     parser.add_argument("--chapter-minutes", type=float, default=3)
     parser.add_argument("--calm-seconds", type=float, default=60)
+    parser.add_argument("--json", type=Path, help="where the counts go; default: in the temporary directory")
     parser.add_argument("--each", type=int, help="no mix: each verb alone, so many times")
     parser.add_argument("--verbs", help="which, comma-separated; default: all")
     given = parser.parse_args()
@@ -205,7 +215,10 @@ def main() -> int:
             chaos.workload = Workload(chaos.system.producer, chaos.tail, given.seed, backlog=60)
             status = run_each(chaos, names, given.each)
         else:
-            status = run(chaos, given.minutes, given.chapter_minutes, given.calm_seconds)
+            summary_path = given.json or Path(tempfile.gettempdir(), f"chaos-{given.seed}.json")
+            status = run(
+                chaos, given.minutes, given.chapter_minutes, given.calm_seconds, summary_path
+            )
     finally:
         chaos.close()
         if not status:

@@ -65,13 +65,20 @@ class System:
                 return next((node for node in self.nodes if str(node.pid) == pid), None)
         return None
 
-    def wait_until_whole(self, timeout: float = 60.0) -> None:
-        """Wait until every node works and is registered."""
-        for node in self.nodes:
-            if not node.alive:
-                node.start()
-        for node in self.nodes:
-            node.wait_ready(timeout)
+    def wait_until_whole(
+        self, timeout: float = 60.0, revive: Callable[[], object] = lambda: None
+    ) -> None:
+        """Wait until every node works and is registered.
+
+        Arguments:
+            revive: Starts nodes that have ended; called again and again, as a start may fail, too.
+        """
+
+        def not_ready() -> list[Node]:
+            revive()
+            return [node for node in self.nodes if not node.is_ready]
+
+        wait_until(lambda: not not_ready(), timeout, "all nodes to work")
         pids: Callable[[], bool] = lambda: (  # noqa: E731
             sorted(worker.name for worker in self.producer.affinity.workers())
             == sorted(worker.name for worker in self.workers)

@@ -54,6 +54,31 @@ def test_the_same_overlap_without_a_freeze_of_that_worker_in_that_time_is_a_viol
         assert not seen["excused"]
 
 
+def late_run(start: float) -> History:
+    """A run in w1 that starts then and ends at 24, whose task ran again in w2 before that."""
+    return history(
+        ("submit", 1, "a", 0), ("start", start, "a", 0, "w1@test", 1),
+        ("start", 23, "a", 0, "w2@test", 2), ("end", 23.5, "a", 0, "w2@test", 2),
+        ("end", 24, "a", 0, "w1@test", 1),
+    )
+
+
+def test_a_run_that_starts_when_half_of_the_lease_is_over_is_not_excused() -> None:
+    cut = replace(FROZEN, verb="blackhole")
+    for fault in (FROZEN, cut, replace(FROZEN, verb="freeze_parent")):
+        assert not judge_history(late_run(11.4), [fault])[0], "half a lease from the last beat"
+        for late in (12.1, 19.9, 20.6, 22.0):
+            found, seen = judge_history(late_run(late), [fault])
+            assert any(line.startswith("overlap") for line in found), (late, fault, found)
+            assert not seen["excused"]
+
+
+def test_only_of_a_process_that_was_frozen_itself_a_start_may_be_noted_when_it_wakes() -> None:
+    assert not judge_history(late_run(20.2), [FROZEN])[0]
+    for verb in ("blackhole", "drop_replies", "freeze_parent"):
+        assert judge_history(late_run(20.2), [replace(FROZEN, verb=verb)])[0], verb
+
+
 def test_a_freeze_excuses_no_loss() -> None:
     cut = history(("submit", 1, "a", 0), ("start", 9, "a", 0, "w1@test", 1))
     found, _ = judge_history(cut, [FROZEN])

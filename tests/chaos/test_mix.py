@@ -30,6 +30,10 @@ def chaos(server_binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         made.close()
 
 
+@pytest.mark.proves(
+    "5, 52: a seeded mix of kills, freezes, stops, cut connections and Redis' end under load, 12 s",
+    "no promise is broken",
+)
 def test_a_seeded_mix_of_faults_breaks_no_promise(chaos: Chaos) -> None:
     chaos.workload = Workload(chaos.system.producer, chaos.tail, SEED, backlog=60)
     chaos.system.wait_until_whole()

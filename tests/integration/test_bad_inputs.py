@@ -221,6 +221,10 @@ def idle(producer: Producer, count: int = 2) -> bool:
     return free and (stats.pending, stats.entries, stats.idle_slots) == (0, 0, count)
 
 
+@pytest.mark.proves(
+    "bad input: 28 kinds of unusable messages",
+    "each is buried with its reason, FAILURE is stored if it has an id; the worker and its neighbours go on",
+)
 @pytest.mark.parametrize("pool", ["prefork", "shared prefork", "threads", "solo"])
 def test_no_poison_kills_or_wedges_a_worker_and_each_is_buried_with_its_reason(
     cluster: Cluster, history_path: Path, producer: Producer, pool: str
@@ -260,6 +264,10 @@ def test_no_poison_kills_or_wedges_a_worker_and_each_is_buried_with_its_reason(
     assert [run.seq for run in found.runs] == list(range(len(neighbours)))
 
 
+@pytest.mark.proves(
+    "bad input: a body that only the pool process cannot read",
+    "buried; FAILURE is stored",
+)
 def test_what_only_the_pool_process_cannot_read_is_buried(
     cluster: Cluster, history_path: Path, producer: Producer
 ) -> None:
@@ -281,6 +289,10 @@ def test_what_only_the_pool_process_cannot_read_is_buried(
     ]
 
 
+@pytest.mark.proves(
+    "bad input: 16 kinds of odd but usable messages",
+    "they run in their place",
+)
 def test_odd_messages_run_in_their_place(
     cluster: Cluster, history_path: Path, producer: Producer
 ) -> None:
@@ -312,6 +324,10 @@ def test_a_message_that_is_due_in_the_year_9999_waits_and_holds_up_nobody(
     assert (stats.scheduled, stats.entries, stats.dead) == (1, 1, 0)
 
 
+@pytest.mark.proves(
+    "38: visibility_timeout shorter than a task",
+    "one run",
+)
 def test_a_visibility_timeout_shorter_than_a_task_does_not_run_it_twice(
     cluster: Cluster, history_path: Path, producer: Producer
 ) -> None:
@@ -353,6 +369,10 @@ def test_a_chord_whose_members_share_a_tag_comes_to_its_end(
     assert [run.seq for run in found.runs] == [0, 1, 2, 3]
 
 
+@pytest.mark.proves(
+    "bad input: a message sent straight to a worker queue",
+    "it goes through the ledger",
+)
 @pytest.mark.parametrize("kind", ["no stamp", "stamp x"])
 def test_a_tagged_message_sent_straight_to_a_worker_queue_goes_through_the_ledger(
     cluster: Cluster, history_path: Path, producer: Producer, kind: str
@@ -371,6 +391,10 @@ def test_a_tagged_message_sent_straight_to_a_worker_queue_goes_through_the_ledge
     assert "past the ledger; passed on to 'jobs'" in node.log_text()
 
 
+@pytest.mark.proves(
+    "bad input: unusable messages in an ordinary queue",
+    "rejected; the worker goes on",
+)
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_poison_in_an_ordinary_queue_neither_ends_nor_wedges_the_worker(
     cluster: Cluster, history_path: Path, producer: Producer, pool: str
@@ -399,6 +423,10 @@ def test_poison_in_an_ordinary_queue_neither_ends_nor_wedges_the_worker(
     assert left == [], "none of them comes again"
 
 
+@pytest.mark.proves(
+    "bad input: fuzzed messages",
+    "each ends once: run, scheduled or buried; the worker goes on",
+)
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_no_fuzzed_message_ends_or_wedges_a_worker_or_changes_the_number_of_messages(
     cluster: Cluster, history_path: Path, producer: Producer, pool: str

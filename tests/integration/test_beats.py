@@ -40,6 +40,10 @@ def beats(server: Server, tmp_path: Path, request: pytest.FixtureRequest) -> Ite
 every_kind = pytest.mark.parametrize("beats", KINDS, indirect=True)
 
 
+@pytest.mark.proves(
+    "7: a beat dies between its claim of a run and the publish",
+    "the next one publishes it",
+)
 @every_kind
 @pytest.mark.parametrize("task", ["tick", "plain"])
 def test_a_beat_that_died_between_claim_and_publish_has_its_entry_published_by_the_next(
@@ -62,6 +66,10 @@ def test_a_beat_that_died_between_claim_and_publish_has_its_entry_published_by_t
     assert beats.unsent() == {}
 
 
+@pytest.mark.proves(
+    "7: a beat dies between the publish of a run and its confirmation",
+    "the run is admitted once",
+)
 @every_kind
 def test_a_run_that_was_published_and_not_confirmed_is_admitted_once(
     beats: Beats, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from celery_affinity.connection import check_server
 from celery_affinity.embedded import Server
@@ -145,6 +146,10 @@ def test_a_beat_without_affinity_says_what_to_add(shared_server: Server, tmp_pat
     assert "add affinity = Affinity(app" in done.stdout + done.stderr
 
 
+@pytest.mark.proves(
+    "23: Redis may evict keys",
+    "refused at start, with the setting to change",
+)
 def test_a_redis_that_may_evict_keys_is_refused(server: Server, tmp_path: Path) -> None:
     client = server.client()
     client.config_set("maxmemory", "100mb")
@@ -168,6 +173,10 @@ def test_a_redis_user_that_may_not_do_what_the_ledger_needs_is_refused(
     assert "ACL SETUSER <user> +info" in done.stdout + done.stderr
 
 
+@pytest.mark.proves(
+    "Redis without AOF",
+    "a warning at start",
+)
 def test_a_redis_without_aof_is_warned_of(
     server: Server, aof_server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -175,6 +184,26 @@ def test_a_redis_without_aof_is_warned_of(
     assert "appendonly" not in caplog.text
     check_server(server.client(), logging.getLogger())
     assert "CONFIG SET appendonly yes" in caplog.text
+
+
+@pytest.mark.proves("Redis does not say whether it persists (ACL)", "a warning that it could not be checked")
+def test_a_redis_that_does_not_say_whether_it_keeps_its_data_is_told_of(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    user = ("quiet", "on", ">pw", "~*", "&*", "+@all", "-config")
+    server.client().execute_command("ACL", "SETUSER", *user)
+    check_server(Redis.from_url(server.url().replace("//", "//quiet:pw@")), logging.getLogger())
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "could not be checked" in record.message
+
+
+@pytest.mark.proves("23: maxmemory-policy volatile-lru", "a warning at start")
+def test_a_redis_that_may_evict_what_expires_is_warned_of(
+    aof_server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    aof_server.client().config_set("maxmemory-policy", "volatile-lru")
+    check_server(aof_server.client(), logging.getLogger())
+    assert "maxmemory-policy volatile-lru; set noeviction" in caplog.text
 
 
 def test_an_old_redis_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

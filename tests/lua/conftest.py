@@ -155,16 +155,24 @@ class Copy:
             s.incarnation, s.slot, s.entry, epoch or s.epoch, send or s.send, self.token, least_ms
         )
 
-    def settle(self, outcome: str = "done", *retries: object, token: str | None = None) -> str:
+    def settle(
+        self, outcome: str = "done", *retries: object, token: str | None = None, grant: str = "",
+        least_ms: int = 0,
+    ) -> str:
         s = self.stamp
         return self.node.bench.scripts.settle(
-            s.incarnation, s.slot, s.entry, s.epoch, token or self.token, outcome, *retries
+            s.incarnation, s.slot, s.entry, s.epoch, token or self.token, outcome, *retries,
+            grant=grant, least_ms=least_ms,
         )
 
-    def discard(self, verdict: str, reason: str = "") -> int:
+    def decline(self, token: str) -> bool:
+        s = self.stamp
+        return self.node.bench.scripts.decline(s.incarnation, s.slot, s.entry, s.epoch, token)
+
+    def discard(self, verdict: str, reason: str = "", alone: bool = False) -> int:
         s = self.stamp
         return self.node.bench.scripts.discard(
-            s.incarnation, s.slot, s.entry, s.epoch, s.send, verdict, reason
+            s.incarnation, s.slot, s.entry, s.epoch, s.send, verdict, reason, alone
         )
 
     def lost(self) -> str:

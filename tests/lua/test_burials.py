@@ -66,6 +66,10 @@ def test_a_burial_that_could_not_be_told_is_told_later_and_holds_up_nobody(
     assert [task_id for task_id, _ in backend.told] == ["2.5-one", "1.5-one"]
 
 
+@pytest.mark.proves(
+    "7: a leader dies while it tells of a burial",
+    "the next one tells of it",
+)
 def test_a_burial_is_told_by_the_next_leader_if_the_first_died_over_it(bench: Bench) -> None:
     bench.lead(candidate="first/1")
     bury(bench, 1.5)

@@ -164,6 +164,10 @@ def test_a_large_intake_comes_in_bounded_steps(bench: Bench) -> None:
     assert len(bench.backlog("a")) == 450
 
 
+@pytest.mark.proves(
+    "9: a superseded leader acts",
+    "none of its scripts changes anything",
+)
 def test_a_superseded_term_changes_nothing(bench: Bench) -> None:
     bench.lead(candidate="old/1")
     old = bench.fence
@@ -195,6 +199,10 @@ def test_a_second_candidate_is_told_how_long_to_wait(bench: Bench) -> None:
     assert term is None and 4000 < wait_ms <= 5000
 
 
+@pytest.mark.proves(
+    "16: Redis comes back empty",
+    "terms and epochs grow on (what it held is gone)",
+)
 def test_terms_and_epochs_grow_also_over_an_emptied_data_set(bench: Bench) -> None:
     bench.lead(candidate="a/1")
     first = int(bench.fence.split()[1])
@@ -221,6 +229,10 @@ def test_a_ledger_of_another_schema_is_refused(bench: Bench) -> None:
     assert bench.client.exists(bench.queue_key("leader"), bench.scripts.keys.workers) == 0
 
 
+@pytest.mark.proves(
+    "21: SCRIPT FLUSH",
+    "scripts are loaded again",
+)
 def test_scripts_survive_a_flush_of_the_script_cache(bench: Bench) -> None:
     bench.lead()
     bench.client.script_flush()

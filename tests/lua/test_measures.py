@@ -9,8 +9,8 @@ import pytest
 from celery_affinity import AffinityQueue
 from celery_affinity.delivery import SameRedisDelivery
 from celery_affinity.ledger import Ledger
+from celery_affinity.lua_text import source
 from celery_affinity.measures import WAIT_BOUNDS_MS, Measures, QueueMeasures
-from celery_affinity.scripts import source
 from celery_affinity.topology import RedisNames
 
 from .conftest import Bench

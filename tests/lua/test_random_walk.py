@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from celery_affinity.operator_scripts import OperatorScripts
+
 from .conftest import Bench, Copy, Node
 
 TAGS = "abcdef"
@@ -32,6 +34,13 @@ class World:
     beats: int = 0
     changes: int = 1
     born: int = 0
+    #: What operators have asked for; None is the queue.
+    paused: set[str | None] = field(default_factory=set)
+    limits: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def operator(self) -> OperatorScripts:
+        return OperatorScripts(self.bench.client, self.bench.scripts.keys)
 
     def node_up(self) -> None:
         if len(self.nodes) >= 4:
@@ -76,7 +85,9 @@ class World:
             self.running[name].append(copy)
             alive = [c for n, cs in self.running.items() if n not in self.gone for c in cs]
             same = [c for c in alive if c.tag == copy.tag]
-            assert len(same) <= self.concurrency, f"{copy.tag} runs {len(same)} times"
+            limit = self.limits.get(copy.tag, self.concurrency)
+            assert len(same) <= limit, f"{copy.tag} runs {len(same)} times"
+            assert not self.paused & {copy.tag, None}, f"{copy.tag} starts while it is paused"
             self.starts[copy.tag].append(int(copy.id.split("-")[1]))
 
     def settle(self) -> None:
@@ -148,6 +159,37 @@ class World:
                 name, change, slots=slots, queues=queues, junk=[self.nodes[name].list], budget=1
             )
 
+    # What operators do
+
+    def pause(self) -> None:
+        tag = self.rng.choice([*TAGS, None])
+        if tag is None:
+            self.operator.pause("q")
+        else:
+            self.operator.pause_tag("q", tag)
+        self.paused.add(tag)
+
+    def resume(self) -> None:
+        for tag in list(self.paused)[: self.rng.randint(1, 2)]:
+            self._resume(tag)
+
+    def _resume(self, tag: str | None) -> None:
+        if tag is None:
+            assert self.bench.scripts.resume("q")
+        else:
+            assert self.operator.resume_tag("q", tag)
+        self.paused.discard(tag)
+
+    def limit(self) -> None:
+        tag = self.rng.choice(TAGS)
+        self.limits[tag] = self.rng.choice([1, 1, 2, 4, self.concurrency])
+        how = "default" if self.limits[tag] == self.concurrency else "set"
+        assert self.operator.limit("q", tag, self.limits[tag], how)[0]
+
+    def move(self) -> None:
+        tag, name = self.rng.choice(TAGS), self.rng.choice(list(self.nodes))
+        assert self.operator.move("q", tag, name, 60) in (-1, 0, 1)
+
     def new_term(self) -> None:
         self.bench.scripts.resign("q", self.bench.fence)
         self.bench.lead(
@@ -162,6 +204,8 @@ class World:
         self.gone.add(name)
 
     def run_to_the_end(self) -> None:
+        for tag in list(self.paused):
+            self._resume(tag)
         for name, node in self.nodes.items():
             self._serve(name, 2, [("q", 2, node.list)])
             for k in range(3):
@@ -185,7 +229,7 @@ class World:
         for tag, numbers in self.starts.items():
             first = list(dict.fromkeys(numbers))
             assert first == sorted(first), f"first starts of {tag}: {first}"
-        for name in ("att", "held", "eta", "ring", "unst"):
+        for name in ("att", "held", "eta", "ring", "unst", "hold", "halted", "later", "big"):
             assert not self.bench.client.exists(self.bench.queue_key(name)), name
         slots = sum(
             int(self.bench.client.hget(self.bench.scripts.keys.worker(name, "info"), "slots"))
@@ -211,13 +255,29 @@ WALKS = (
 )
 
 
+OPERATED = WALKS + ["pause", "resume", "resume", "limit", "limit", "move", "move"]
+
+
+@pytest.mark.proves(
+    "7: crashes at random between the steps of workers and leaders",
+    "lawful histories",
+)
 @pytest.mark.parametrize("seed", range(24))
 def test_a_random_walk_with_crashes_is_lawful(bench: Bench, seed: int) -> None:
+    walk(bench, seed, WALKS)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_random_walk_with_crashes_and_operators_is_lawful(bench: Bench, seed: int) -> None:
+    walk(bench, seed, OPERATED)
+
+
+def walk(bench: Bench, seed: int, steps: list[str]) -> None:
     rng = random.Random(seed)
     world = World(bench, rng, concurrency=rng.choice([1, 1, 1, 3]))
     bench.lead(batch=3, concurrency=world.concurrency, deliveries=10**6)
     world.node_up()
     for _ in range(250):
-        getattr(world, rng.choice(WALKS))()
+        getattr(world, rng.choice(steps))()
     world.run_to_the_end()
     world.check()

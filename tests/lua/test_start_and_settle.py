@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from celery_affinity.scripts import Scripts
 
 from .conftest import Bench
@@ -14,6 +16,10 @@ def test_a_started_entry_refuses_a_second_token(bench: Bench) -> None:
     assert copy.start("two") == -3
 
 
+@pytest.mark.proves(
+    "28: the reply to a start is lost",
+    "the repeat gets the same answer",
+)
 def test_a_repeated_start_gets_the_same_answer(bench: Bench) -> None:
     node = bench.opening(1)
     copy = node.take()
@@ -40,6 +46,10 @@ def test_a_refused_copy_changes_nothing(bench: Bench) -> None:
     assert copy.settle(token="one") == "held"
 
 
+@pytest.mark.proves(
+    "28: the reply to a settle is lost",
+    "the repeat gets the same answer, and counts once",
+)
 def test_a_repeated_settle_gets_the_same_answer_and_counts_once(bench: Bench) -> None:
     node = bench.opening(1, 2)
     first = node.take()

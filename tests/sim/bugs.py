@@ -12,20 +12,37 @@ from typing import Any
 
 from celery_affinity.gate import Gate
 from celery_affinity.held import Held
+from celery_affinity.lua_text import source
 from celery_affinity.message import Stamp
 from celery_affinity.reporter import Reporter
 from celery_affinity.rescuer import Rescuer
-from celery_affinity.scripts import source
+from celery_affinity.starts import Starts
+from celery_affinity.watchdog import seconds
 
 __all__ = ("BUGS", "NONE", "Bug")
 
 
-class UngatedGate(Gate):
+class UngatedStarts(Starts):
     """Asks the ledger, and runs whatever it is given."""
 
-    def _start(self, stamp: Stamp, token: str) -> int:
-        super()._start(stamp, token)
+    def _ask(self, stamp: Stamp, token: str, patiently: Callable[[Any], Any]) -> int:
+        super()._ask(stamp, token, patiently)
         return 1
+
+
+class AgelessStarts(Starts):
+    """Uses a grant however old it is."""
+
+    SHARE = float("inf")
+
+
+class ForgetfulStarts(Starts):
+    """Forgets the token of a grant that is too old to be used."""
+
+    def begin(self, stamp: Stamp, patiently: Callable[[Any], Any]) -> tuple[int, str]:
+        if self._grant and seconds() - self._grant.asked >= self._trust_seconds * self.SHARE:
+            self._grant = None
+        return super().begin(stamp, patiently)
 
 
 class OnceOnlyGate(Gate):
@@ -66,6 +83,13 @@ class UncountedHeld(Held):
         self._copies[stamp.held] = [None]
 
 
+class LonelyHeld(Held):
+    """Every copy is the only one of its entry."""
+
+    def copies(self, stamp: Stamp) -> int:
+        return 0
+
+
 def _finish(reporter: Reporter, stamp: Stamp) -> None:
     reporter.finish(stamp)
 
@@ -84,9 +108,16 @@ class Bug:
     #: Script -> (text, what it becomes), in order; every text has to be there.
     edits: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     gate: type[Gate] = Gate
+    starts: type[Starts] = Starts
     rescuer: type[Rescuer] = Rescuer
     held: type[Held] = Held
     time_limit: Callable[[Reporter, Stamp], None] = _finish
+
+    def make_gate(self, **options: Any) -> Gate:
+        """A process' gate."""
+        gate = self.gate(**options)
+        gate._starts.__class__ = self.starts
+        return gate
 
     def texts(self) -> dict[str, str]:
         """The edited scripts.
@@ -130,7 +161,7 @@ BUGS = {
             "a lease is released on the parent's word, while its process still lives",
             time_limit=_lost_by_word,
         ),
-        Bug("no-start-gate", "a copy runs whatever the gate was answered", gate=UngatedGate),
+        Bug("no-start-gate", "a copy runs whatever the gate was answered", starts=UngatedStarts),
         Bug(
             "gate-without-token",
             "a started entry starts again for any token",
@@ -171,6 +202,16 @@ BUGS = {
             {"admit": [("local read = {}", "local read = {}\n  redis.call('LTRIM', KEYS[k], 0, -#found - 1)"),
                        ("  if #read > 0 then redis.call('LTRIM', KEYS[k], 0, -#read - 1) end", "")]},
         ),
+        # Starts that a settle grants.
+        Bug("grant-ageless", "a granted start is used however old it is", starts=AgelessStarts),
+        Bug("grant-forgotten", "a late grant is asked for with another token", starts=ForgetfulStarts),
+        Bug(
+            "grant-is-nothing",
+            "a drain takes back a granted entry as if it had not started",
+            {"drain": [("if o.token and not started then", "if o.token and not is_granted(l, o) and not started then"),
+                       ("if out > 0 and not (out == 1 and l.out[1].token) then", "if out > 0 then")]},
+        ),
+        Bug("discard-unasked", "a granted entry is ended although another copy of it may run", held=LonelyHeld),
         # What the simulation found in celery_affinity itself, planted again.
         Bug("blind-candidates", "who is elected after a jump of the clock does not know of it", rescuer=BlindRescuer),
         Bug("vacated-once", "an ordinary task that ended while Redis was away keeps its slot", gate=OnceOnlyGate),

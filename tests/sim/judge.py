@@ -76,6 +76,12 @@ class Judge:
             run = self.runs[token] = Run(token, inc, slot, entry, epoch, tag)
             if entry in self.ended:
                 raise Violation("doubled", f"entry {entry} runs again after its {self.ended[entry]}")
+        if run.granted:
+            if run.excused:
+                raise Violation("granted", f"entry {entry} begins in {inc}:{slot}, which had been given up")
+            if entry in self.ended:
+                raise Violation("doubled", f"entry {entry} begins after its {self.ended[entry]}")
+            self.seen["begun without a question"] += 1
         run.active = True
         if run.excused:
             return
@@ -180,7 +186,7 @@ class Judge:
             self.seen["taken back by a heartbeat"] += answer[2]
 
     def _rebase(self, now: int, redis_us: int, args: Any, answer: Any, late: bool) -> None:
-        if answer[0] != -1:
+        if answer[0] != -1 and len(args) < 4:  # else they get some time more
             self.beats = dict.fromkeys(self.beats, now)
 
     def _rescue(self, now: int, redis_us: int, args: Any, answer: Any, late: bool) -> None:
@@ -197,6 +203,7 @@ class Judge:
             if run.inc == inc and not run.settled:
                 self.seen["runs past its lease"] += run.active
                 run.excused = run.given_up = True
+                run.granted = run.granted and not late
 
     def _leave(self, now: int, redis_us: int, args: Any, answer: Any, late: bool) -> None:
         self._gone(str(args[0]), answer[1])
@@ -230,13 +237,19 @@ class Judge:
                     run.given_up = True
 
     def _discard(self, now: int, redis_us: int, args: Any, answer: Any, late: bool) -> None:
-        if answer == 1 and args[5] == "settle":
+        if answer == 1 and args[6] == "settle":
             self._end(int(args[2]), "discard")
 
     def _start(self, now: int, redis_us: int, args: Any, answer: Any, late: bool) -> None:
         inc, slot, entry, epoch, token = str(args[0]), str(args[1]), int(args[2]), int(args[3]), str(args[5])
-        if answer != 1 or token in self.runs:
+        if answer != 1:
             return
+        if token in self.runs:
+            self.runs[token].granted = False
+            return
+        self._starts(token, inc, slot, entry, epoch)
+
+    def _starts(self, token: str, inc: str, slot: str, entry: int, epoch: int) -> None:
         tag = self.messages[self.nonces[entry]].tag
         for run in self.runs.values():
             if run.entry == entry and run.epoch == epoch:
@@ -251,7 +264,7 @@ class Judge:
         self.started.setdefault(entry, token)
 
     def _settle(self, now: int, redis_us: int, args: Any, answer: Any, late: bool) -> None:
-        token, outcome = str(args[4]), str(args[5])
+        token, grant, outcome = str(args[4]), str(args[5]), str(args[7])
         run = self.runs.get(token)
         if run is None:
             return
@@ -268,11 +281,20 @@ class Judge:
         if outcome == "again":
             self.appended += 1
             self.pushed(self.nonces[run.entry])
-        for raw in args[6::2]:
+        for raw in args[8::2]:
             self.appended += 1
             found = NONCE.search(raw if isinstance(raw, bytes) else str(raw).encode())
             assert found
             self.pushed(found.group(1).decode())
+        if answer.startswith(b"held "):
+            self.seen["granted"] += 1
+            self._starts(grant, run.inc, run.slot, int(answer.split()[1]), run.epoch)
+            self.runs[grant].granted = True
+
+    def _decline(self, now: int, redis_us: int, args: Any, answer: Any, late: bool) -> None:
+        if answer == 1:
+            self.seen["declined"] += 1
+            self.runs.pop(str(args[4]))
 
     def _end(self, entry: int, how: str) -> None:
         if entry in self.ended:

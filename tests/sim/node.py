@@ -54,6 +54,8 @@ class Node(Group):
         self.procs: list[Process] = []
         self._born = 0
         self._limited: list[Job] = []
+        #: Entries that were revoked or cannot be used here: no later copy of them gets further.
+        self._doomed: dict[str, tuple[str, str]] = {}
         self.reporter = Reporter(self._connect, self.inc, self._announcement, 2.0, Lifeline())
         self.reporter.held = history.bugs.held()
         self.reporter.held.on_end = self.reporter._on_end
@@ -178,10 +180,13 @@ class Node(Group):
         self.reporter.held.arrived(stamp, job)
         fate = self.world.rng.random()
         if fate < 0.02 or headers.get("affinity_revoked"):
-            self.reporter.discard(stamp, "settle", "revoked")
-            self.reporter.held.ended(stamp)
+            self._doomed.setdefault(stamp.entry, ("settle", "revoked"))
         elif fate < 0.03:
-            self.reporter.discard(stamp, "bury", "unknown task")
+            self._doomed.setdefault(stamp.entry, ("bury", "unknown task"))
+        elif self.world.chance(0.3) and any(p.job and p.job.stamp and p.job.stamp.entry == stamp.entry for p in self.procs):
+            self._doomed.setdefault(stamp.entry, ("settle", "revoked while a copy runs"))
+        if stamp.entry in self._doomed:
+            self.reporter.discard(stamp, *self._doomed[stamp.entry])
             self.reporter.held.ended(stamp)
         else:
             job.announced = job.announced or not stamp.resent
@@ -297,7 +302,7 @@ class Node(Group):
         self.procs.append(proc)
 
     def _process(self, proc: Process, number: int) -> None:
-        gate = self.history.bugs.gate(
+        gate = self.history.bugs.make_gate(
             connect=self._connect,
             refusal=lambda _: REFUSED,
             queue_names={STATE: "q"},
@@ -322,6 +327,8 @@ class Node(Group):
             proc.job, proc.token = None, ""
             if self.alive:
                 self.events.append(("done", job, answer))
+            if gate._starts._grant and self.world.chance(0.05):  # a lease may end before it is used
+                self.world.freeze(self, self.world.rng.choice([1.0, 12.0, 25.0]))
         gate.close()
         if proc in self.procs:
             self.procs.remove(proc)

@@ -20,7 +20,7 @@ from typing import Any
 
 from celery_affinity.embedded import start_server
 from celery_affinity.keys import Keys
-from celery_affinity.scripts import source
+from celery_affinity.lua_text import source
 
 from .wire import Connection, ErrorReply
 

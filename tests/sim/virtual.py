@@ -16,6 +16,7 @@ from celery_affinity import (
     reporter,
     rescuer,
     scheduler,
+    starts,
     watchdog,
 )
 
@@ -160,6 +161,10 @@ class FakeClient:
         self._world.pause()
         return self._world.ledger.command("HGET", key, field)
 
+    def hmget(self, key: str, fields: Any) -> Any:
+        self._world.pause()
+        return self._world.ledger.command("HMGET", key, *fields)
+
     def time(self) -> tuple[int, int]:
         self._world.pause()
         self._world.looked_at_clock()
@@ -172,7 +177,7 @@ def installed(world: World) -> Iterator[None]:
     pipes = Pipes(world)
     patches: list[tuple[Any, str, Any]] = [
         (module, "time", Time(world))
-        for module in (burials, evacuation, gate, leadership, reporter, rescuer, scheduler, watchdog)
+        for module in (burials, evacuation, gate, leadership, reporter, rescuer, scheduler, starts, watchdog)
     ]
     patches += [(reporter, "os", pipes), (reporter, "select", pipes)]
     threads = SimpleNamespace(

@@ -293,6 +293,8 @@ class World:
                 self.judge.repeated(call.name, call.args, reply, again)
                 reply = again
             else:
+                if self.rng.random() < 0.1:
+                    self.freeze(actor.group, self.rng.choice([4.0, 12.0]))
                 return False
         actor.call, actor.result = None, reply.answer
         return fate >= 0.1

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from redis.exceptions import ConnectionError
 
 from celery_affinity import gate as gate_module
+from celery_affinity import starts as starts_module
 from celery_affinity.gate import REFUSED, Gate
 from celery_affinity.message import STAMP_HEADER, TAG_HEADER
 
@@ -14,12 +16,18 @@ from celery_affinity.message import STAMP_HEADER, TAG_HEADER
 class Ledger:
     """Answers each `start` with the next answer, after so many seconds of the test's clock."""
 
-    def __init__(self, *answers: tuple[int, float]) -> None:
+    def __init__(self, *answers: tuple[int, float], grants: str = "") -> None:
         self.now = 0.0
         self.tokens: list[str] = []
         self.settled = 0
         self.refusals = 0
+        #: Tokens that settles proposed, and those that were declined.
+        self.proposed: list[str] = []
+        self.declined: list[str] = []
+        self.away = False
         self._answers = list(answers)
+        #: The entry that the first settle grants a start.
+        self._grants = grants
 
     def refused(self, state: str) -> None:
         assert state == "jobs"
@@ -31,21 +39,47 @@ class Ledger:
         self.now += took
         return answer
 
-    def settle(self, *arguments: Any) -> str:
+    def settle(self, *arguments: Any, grant: str, least_ms: int) -> str:
+        assert least_ms == 5000
         self.settled += 1
-        return "empty"
+        self.proposed.append(grant)
+        granted, self._grants = self._grants, ""
+        return f"held {granted}" if granted else "empty"
+
+    def decline(self, *arguments: Any) -> bool:
+        self.declined.append(arguments[-1])
+        if self.away:
+            raise ConnectionError("away")
+        return True
+
+    def occupy(self, *arguments: Any) -> bool:
+        return True
+
+    def vacate(self, *arguments: Any) -> bool:
+        return True
+
+
+def gate_of(ledger: Ledger, monkeypatch: pytest.MonkeyPatch, slot: int | None = 0) -> Gate:
+    """A gate that trusts 5 s, so a grant 1 s."""
+    for module in (starts_module, gate_module):
+        monkeypatch.setattr(module, "seconds", lambda: ledger.now)
+    return Gate(
+        connect=lambda: ledger,  # type: ignore[arg-type, return-value]
+        refusal=lambda text: text, queue_names={}, node="w1", incarnation="inc", slot=slot,
+        in_process=False, ordinary=True, trust_seconds=5.0,
+    )
+
+
+def message(gate: Gate, entry: int | None, epoch: int = 2) -> Any:
+    """What a message's tracer answers behind the gate; without an entry, an ordinary one's."""
+    request = {TAG_HEADER: "tag"}
+    if entry is not None:
+        request[STAMP_HEADER] = f"{entry} {epoch} {entry} inc 0 1 1 jobs"
+    return gate.around(lambda uuid, args, kwargs, request: "ran")("id", (), {}, request)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, ledger: Ledger) -> Any:
-    """What a dispatched message's tracer answers behind a gate that trusts 5 s."""
-    monkeypatch.setattr(gate_module, "seconds", lambda: ledger.now)
-    gate = Gate(
-        connect=lambda: ledger,  # type: ignore[arg-type, return-value]
-        refusal=lambda text: text, queue_names={}, node="w1", incarnation="inc", slot=0,
-        in_process=False, ordinary=False, trust_seconds=5.0,
-    )
-    request = {STAMP_HEADER: "1 2 1 inc 0 1 1 jobs", TAG_HEADER: "tag"}
-    return gate.around(lambda uuid, args, kwargs, request: "ran")("id", (), {}, request)
+    return message(gate_of(ledger, monkeypatch), 1)
 
 
 def test_a_process_that_was_frozen_while_it_asked_asks_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,3 +100,84 @@ def test_a_quick_answer_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger((1, 0.1))
     assert run(monkeypatch, ledger) == "ran"
     assert (len(ledger.tokens), ledger.settled) == (1, 1)
+
+
+# A start that the settle before has granted (starts.py)
+
+
+def test_what_a_settle_granted_runs_without_a_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger((1, 0.0), grants="2")
+    gate = gate_of(ledger, monkeypatch)
+    assert [message(gate, 1), message(gate, 2)] == ["ran", "ran"]
+    assert len(ledger.tokens) == 1, "one question for two tasks"
+    assert ledger.proposed[0].endswith("?") and ledger.proposed[0] != ledger.tokens[0]
+
+
+def test_a_grant_is_for_one_run_of_one_entry_of_one_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger((1, 0.0), (-1, 0.0), (-1, 0.0), (-1, 0.0), grants="2")
+    gate = gate_of(ledger, monkeypatch)
+    message(gate, 1)
+    assert [message(gate, 3), message(gate, 2, epoch=7)] == [REFUSED, REFUSED]
+    assert message(gate, 2) == "ran", "copies of other messages leave it as it is"
+    assert message(gate, 2) == REFUSED
+    assert not {ledger.proposed[0]} & set(ledger.tokens)
+
+
+def test_a_grant_that_is_late_is_asked_for_with_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger((1, 0.0), (-1, 0.0), grants="2")
+    gate = gate_of(ledger, monkeypatch)
+    message(gate, 1)
+    ledger.now += 1.1
+    assert message(gate, 2) == REFUSED
+    assert ledger.tokens[1] == ledger.proposed[0], "the ledger may have started it with this one"
+
+
+def test_a_grant_is_as_old_as_the_first_time_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger((1, 0.0), (1, 0.0), grants="2")
+    gate = gate_of(ledger, monkeypatch)
+    answer, lost = ledger.settle, []
+
+    def settle(*arguments: Any, **options: Any) -> str:
+        if not lost:
+            lost.append(True)
+            ledger.now += 1.1
+            raise ConnectionError("the reply is lost")
+        return answer(*arguments, **options)
+
+    monkeypatch.setattr(ledger, "settle", settle)
+    message(gate, 1)
+    assert message(gate, 2) == "ran"
+    assert ledger.tokens[1:] == ledger.proposed[:1], "a repeated settle gets its first answer, which is old"
+
+
+def test_a_process_that_ends_declines_its_grant(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger((1, 0.0), grants="2")
+    gate = gate_of(ledger, monkeypatch)
+    message(gate, 1)
+    gate.close()
+    gate.close()
+    assert ledger.declined == ledger.proposed[:1]
+
+
+def test_a_grant_is_declined_before_an_ordinary_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger((1, 0.0), (1, 0.0), grants="2")
+    gate = gate_of(ledger, monkeypatch)
+    assert [message(gate, 1), message(gate, None), message(gate, 2)] == ["ran"] * 3
+    assert ledger.declined == ledger.proposed[:1]
+    assert ledger.tokens[1] not in ledger.proposed, "a declined one is asked for like any other"
+
+
+def test_a_grant_that_could_not_be_declined_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger((1, 0.0), (-1, 0.0), grants="2")
+    ledger.away = True
+    gate = gate_of(ledger, monkeypatch)
+    message(gate, 1)
+    message(gate, None)
+    assert message(gate, 2) == REFUSED, "it may have been given back, and run elsewhere"
+    assert ledger.tokens[1] == ledger.proposed[0], "or be started with this token"
+
+
+def test_where_a_slot_is_no_process_nothing_is_granted(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger((1, 0.0))
+    message(gate_of(ledger, monkeypatch, slot=None), 1)
+    assert ledger.proposed == [""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +18,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from redis.exceptions import ConnectionError
 
-from celery_affinity import Affinity, AffinityQueue, ConfigurationError
-from celery_affinity import exporter as exporter_module
+from celery_affinity import Affinity, AffinityQueue, ConfigurationError, exporting
 from celery_affinity.cli import affinity
 from celery_affinity.measures import COUNTERS, WAIT_BOUNDS_MS, QueueMeasures
 from celery_affinity.prometheus import MAX_TOP_TAGS, LedgerCollector
@@ -30,7 +30,8 @@ NAME = re.compile(r"celery_affinity_\w+")
 
 
 def measures(queue: str = "jobs", top: int = 0) -> QueueMeasures:
-    stats = QueueStats(queue, 1, 2, 3, 4, 5, 6, 7, 8, False, 9, 10, 11, 12, 13)
+    numbers = {one.name: 2 for one in fields(QueueStats)}
+    stats = QueueStats(**{**numbers, "queue": queue, "evacuated": False, "paused": False})  # type: ignore[arg-type]
     bounds = (*(b / 1000 for b in WAIT_BOUNDS_MS), float("inf"))
     return QueueMeasures(
         stats, dict.fromkeys(COUNTERS, 5), False, 17, 2, 4, 1.5, 1, 4.0,
@@ -139,9 +140,9 @@ def test_metrics_without_their_library_say_what_to_install(monkeypatch: pytest.M
     app = Celery("metrics", broker="redis://127.0.0.1:1/0", set_as_current=False)
     bound = Affinity(app, queues=[AffinityQueue("jobs")], metrics_port=9808)
     with pytest.raises(ConfigurationError, match=r"celery-affinity\[prometheus\]"):
-        exporter_module.check_metrics_port(bound.settings)
+        exporting.check_metrics_port(bound.settings)
     silent = Affinity(app, queues=[AffinityQueue("jobs")])
-    exporter_module.check_metrics_port(silent.settings)
+    exporting.check_metrics_port(silent.settings)
 
 
 def test_the_exporter_prints_once_and_says_by_its_exit_code_whether_redis_answered() -> None:

@@ -3,13 +3,15 @@
 -- KEYS[1] is the namespace's prefix, "{affinity:<namespace>}:". All other keys are computed
 -- from it and share its hash slot; the text of a tag or a queue is never inside the braces.
 --
---   q:<queue>:c        hash    counters: seq, epoch, term, admitted, settled, ...; wait:<ms>, wait:inf,
---                              wait:sum: how long sampled entries waited (waits.lua)
+--   q:<queue>:c        hash    counters: seq, epoch, term, admitted, settled, ...; born: the first
+--                              term in this data set; wait:<ms>, wait:inf, wait:sum: how long sampled
+--                              entries waited (waits.lua)
 --   q:<queue>:conf     hash    max_batch_size, tag_concurrency, ... (written by the leader); evac: it
---                              is stopped, revoked: some tasks are, lacking: some workers lack tasks,
---                              halts: some tags are halted
+--                              is stopped, paused: it dispatches nothing, revoked: some tasks are,
+--                              lacking: some workers lack tasks, halts: some tags are halted, moving:
+--                              some are on their way to another worker, marks: big has some
 --   q:<queue>:stage    list    messages of an evacuation under way
---   q:<queue>:limits   hash    tag -> its own concurrency
+--   q:<queue>:limits   hash    tag -> its own concurrency;  set: hash, those that an operator set
 --   q:<queue>:m        hash    entry -> the message as the producer sent it
 --   q:<queue>:joined   hash    sampled entry that has not started -> when it joined its backlog (ms)
 --   q:<queue>:att      hash    entry -> starts that did not settle (absent: none)
@@ -26,8 +28,13 @@
 --   q:<queue>:dead     hash    entry -> why it was buried;  deadm: hash, its message;
 --                              deadz: zset, the entries by number;
 --                              untold: list, entries whose callers do not know yet
---   q:<queue>:halted   hash    tag that waits for an operator (on_failure, its hold is +inf) ->
---                              "block:<entry> ..." or "park:<entry> ...": what failed
+--   q:<queue>:halted   hash    tag that waits for an operator (its hold is +inf) -> "block:<entry>"
+--                              or "park:<entry>": what failed (on_failure), or "pause", or several;
+--                              later: hash, tag -> when the ordered retry at its head is due (ms)
+--   q:<queue>:moves    hash    tag -> "<incarnation that it goes to> <until when (ms)>"
+--   q:<queue>:gone     hash    tag -> its last entry that is revoked
+--   q:<queue>:big      zset    tags by the length that their backlog had (16, 32, 64, ...)
+--   q:<queue>:pace     list    "ms seq leases settled", one a second at most while they change
 --   q:<queue>:done:<t> string  answer to the request with token t, for its repeat; expires
 --   q:<queue>:leader   string  "<candidate> <term>", expires
 --   q:<queue>:wake     list    doorbell of the leader;  vacant: list, doorbell of candidates
@@ -37,6 +44,7 @@
 --                              run;  unsent: hash, entry -> due, claimed but not yet published
 --   b:<n>:<queue>:<tag> list   backlog: entries in order, n = length of the queue's name
 --   schema             string  version of this layout
+--   changes            list    what operators asked for, the latest first (JSON)
 --   revoked            zset    task id -> how long the note is kept (ms)
 --   workers            zset    incarnation -> when its heartbeat is overdue (ms)
 --   w:<inc>:info       hash    name, state, depth, slots, cap (most slots it ever had), queues, junk,
@@ -79,12 +87,13 @@ local function conf(q)
   if not c then
     local v = redis.call('HMGET', queue_key(q, 'conf'), 'max_batch_size', 'tag_concurrency',
       'mapped', 'max_deliveries', 'warm_tags', 'evac', 'revoked', 'lacking', 'batch_ms', 'bury_lost',
-      'warm_wait', 'ordered', 'failure', 'halts')
+      'warm_wait', 'ordered', 'failure', 'halts', 'paused', 'moving', 'marks')
     c = {batch = tonumber(v[1] or 10), concurrency = tonumber(v[2] or 1), mapped = v[3] == '1',
       deliveries = tonumber(v[4] or 3), warm = tonumber(v[5] or 1000), stopped = v[6] and true,
       revoked = v[7] and true, lacking = v[8] and true, batch_ms = tonumber(v[9] or 0),
       bury_lost = v[10] == '1', warm_wait = tonumber(v[11] or 0), ordered = tonumber(v[12] or 0),
-      failure = tonumber(v[13] or 0), halts = v[14] and true}
+      failure = tonumber(v[13] or 0), halts = v[14] and true, still = (v[6] or v[15]) and true,
+      moving = v[16] and true, marks = v[17] and true}
     CONF[q] = c
   end
   return c

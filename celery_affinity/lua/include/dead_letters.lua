@@ -25,9 +25,21 @@ end
 
 -- End a tag's halt; it may have a slot again.
 local function unhalt(q, tag)
+  local c, later = conf(q), queue_key(q, 'later')
   redis.call('HDEL', queue_key(q, 'halted'), tag)
-  redis.call('ZREM', queue_key(q, 'hold'), tag)
-  awaken(q, tag)
+  if redis.call('EXISTS', queue_key(q, 'halted')) == 0 then
+    redis.call('HDEL', queue_key(q, 'conf'), 'halts')
+    c.halts = false
+  end
+  local due = redis.call('HGET', later, tag)
+  redis.call('HDEL', later, tag)
+  if due and c.ordered > 0 and tonumber(due) > NOW then
+    redis.call('ZADD', queue_key(q, 'hold'), due, tag)
+    ring_bell(q)
+  else
+    redis.call('ZREM', queue_key(q, 'hold'), tag)
+    awaken(q, tag)
+  end
 end
 
 -- Whether this entry's failure halts the tag.

@@ -9,8 +9,10 @@ local function stamped(raw, stamp, note)
 end
 
 -- A revoked task is dispatched like any other: its worker says so to whoever waits for it.
-local function revoked_note(q, raw)
+local function revoked_note(q, tag, entry, raw)
   if not conf(q).revoked then return '' end
+  local last = redis.call('HGET', queue_key(q, 'gone'), tag)
+  if last and tonumber(entry) <= tonumber(last) then return '"affinity_revoked": true, ' end
   local id = cjson.decode(raw).headers.id
   return redis.call('ZSCORE', P .. 'revoked', id) and '"affinity_revoked": true, ' or ''
 end
@@ -24,6 +26,6 @@ local function deliver(l, k, w)
   -- (epoch, send number) names one copy: the numbers grow over the lease, a copy that is sent
   -- again has an "r" behind its number.
   local stamp = table.concat({o.entry, l.epoch, o.send, l.inc, l.i, o.place, starts + 1, l.q}, ' ')
-  redis.call('LPUSH', w.lists[l.q], stamped(raw, stamp, revoked_note(l.q, raw)))
+  redis.call('LPUSH', w.lists[l.q], stamped(raw, stamp, revoked_note(l.q, l.tag, o.entry, raw)))
   return true
 end

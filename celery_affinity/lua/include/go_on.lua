@@ -14,6 +14,9 @@ local function pass_on(l, w)
 end
 
 local function go_on(l, w)
-  if proceed(l, w) then return 'held' end
+  if proceed(l, w) then
+    save_lease(l)
+    return 'held'
+  end
   return pass_on(l, w)
 end

@@ -19,7 +19,9 @@ local function keep_place(l, entry, raw, eta)
   redis.call('HDEL', queue_key(l.q, 'att'), entry)
   redis.call('HSET', retrying, entry, text(first))
   put_back(l.q, l.tag, entry)
-  if due > NOW and not is_halted(l.q, l.tag) then
+  if due > NOW and is_halted(l.q, l.tag) then
+    redis.call('HSET', queue_key(l.q, 'later'), l.tag, text(due))
+  elseif due > NOW then
     redis.call('ZADD', queue_key(l.q, 'hold'), text(due), l.tag)
   end
   return true

@@ -3,6 +3,14 @@
 local FIELDS = {'q', 'tag', 'epoch', 'n', 'cn', 'x', 't', 'miss', 'fin',
   'e1', 's1', 'p1', 'k1', 'e2', 's2', 'p2', 'o', 'lt', 'lr'}
 
+-- Whether a settle has granted this start: its process knows of it, but may not have begun with it. Such
+-- a token ends in "?". Whatever it is not safe to take for unstarted takes it for started. One that its
+-- node has given its end (finish) has begun.
+local function is_granted(l, o)
+  return o.token and string.sub(o.token, -1) == '?'
+    and not (l.fin and string.match(l.fin, '^%d+') == o.entry)
+end
+
 -- The lease of a slot, or nil if the slot has none.
 local function load_lease(inc, i)
   local v = redis.call('HMGET', slot_key(inc, i), unpack(FIELDS))
@@ -17,6 +25,12 @@ end
 local function save_lease(l)
   local key = slot_key(l.inc, l.i)
   local set = {'n', l.n, 'x', l.x, 't', text(l.t), 'miss', l.miss}
+  if l.last_token then
+    for name, v in pairs({lt = l.last_token, lr = l.last_answer}) do
+      set[#set + 1] = name
+      set[#set + 1] = v
+    end
+  end
   local gone = {}
   for k = 1, 2 do
     local o = l.out[k]
@@ -37,7 +51,7 @@ end
 
 local function others_wait(w)
   for _, q in ipairs(w.queues) do
-    if redis.call('ZCARD', queue_key(q, 'ring')) > 0 then return true end
+    if redis.call('ZCARD', queue_key(q, 'ring')) > 0 and not conf(q).still then return true end
   end
   return false
 end
@@ -55,11 +69,42 @@ local function lacks(q, tag, inc)
   return task and redis.call('SISMEMBER', worker_key(inc, 'lacks'), task) == 1
 end
 
+-- The worker that an operator has sent the tag to (move), or nil: it went there, or cannot.
+local function destination(q, tag)
+  local mark = conf(q).moving and redis.call('HGET', queue_key(q, 'moves'), tag)
+  if not mark then return nil end
+  local inc, ends = string.match(mark, '^(%S+) (%d+)$')
+  local w = tonumber(ends) > NOW and worker(inc)
+  if not w or not w.active or not w.slots[q] or lacks(q, tag, inc) then return nil end
+  return inc
+end
+
+-- Whether a worker may not have this tag now.
+local function barred(q, tag, inc)
+  if lacks(q, tag, inc) then return true end
+  local to = destination(q, tag)
+  return to ~= nil and to ~= inc
+end
+
+-- A move is over when no other worker has the tag.
+local function end_move(q, tag, inc)
+  if destination(q, tag) ~= inc then return end
+  for _, slot in ipairs(holders(q, tag)) do
+    if string.match(slot, '^[^:]+') ~= inc then return end
+  end
+  redis.call('HDEL', queue_key(q, 'moves'), tag)
+  if redis.call('EXISTS', queue_key(q, 'moves')) == 0 then
+    redis.call('HDEL', queue_key(q, 'conf'), 'moving')
+    conf(q).moving = false
+  end
+end
+
 -- Dispatch entries of the lease's tag until it has its share out: two where the slot is a
 -- process, one else, and one for a tag with several leases. Past its share only while no other tag waits.
+-- A lease of more than the tag may have now (limit; its cn is 0) gets nothing.
 local function pump(l, w)
-  if conf(l.q).stopped or not serves(w, l.q, l.i) then return 0 end
-  if on_hold(l.q, l.tag) or lacks(l.q, l.tag, l.inc) then return 0 end
+  if conf(l.q).still or l.cn == 0 or not serves(w, l.q, l.i) then return 0 end
+  if on_hold(l.q, l.tag) or barred(l.q, l.tag, l.inc) then return 0 end
   local depth = l.cn > 1 and 1 or w.depth
   local sent = 0
   while #l.out < depth do
@@ -132,6 +177,7 @@ local function open_lease(q, tag, inc, i, w)
   save_lease(l)
   if sent == 0 then release(l) end
   if sent > 0 and conf(q).lacking then redis.call('HDEL', queue_key(q, 'needs'), tag) end
+  if sent > 0 and conf(q).moving then end_move(q, tag, inc) end
   count(q, 'leases')
   return sent > 0
 end

@@ -19,7 +19,7 @@ end
 
 -- Take the first tag with a backlog off the ring; its place, to put it back.
 local function pop_tag(q)
-  if conf(q).stopped then return nil end
+  if conf(q).still then return nil end
   for _ = 1, LOOK do
     local popped = redis.call('ZPOPMIN', queue_key(q, 'ring'))
     if not popped[1] then return nil end
@@ -43,7 +43,7 @@ local PATIENCE = nil
 
 -- The slot that a tag still waits for (warm_wait), or nil.
 local function awaited_slot(q, tag)
-  if conf(q).warm_wait == 0 then return nil end
+  if conf(q).warm_wait == 0 or destination(q, tag) then return nil end
   local warm = redis.call('HGET', queue_key(q, 'warm'), tag)
   if not warm then return nil end
   local inc, i = string.match(warm, '^([^:]+):(.+)$')
@@ -63,7 +63,7 @@ local function next_tag(q, inc, i)
     local tag, place = pop_tag(q)
     if not tag then break end
     local awaited = awaited_slot(q, tag)
-    if (not awaited or awaited == inc .. ':' .. i) and not lacks(q, tag, inc) then
+    if (not awaited or awaited == inc .. ':' .. i) and not barred(q, tag, inc) then
       found = tag
       break
     end
@@ -101,10 +101,20 @@ local function take(inc, i, w)
   offer_idle(inc, i, w)
 end
 
--- The slot for a tag: the one that had it last, else with several leases one of a node that
--- holds it already, else the one that is free for the longest time; nil if none may have it now.
+local function free_slot(q, inc)
+  for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'idle'))) do
+    if redis.call('ZSCORE', queue_key(q, 'idle'), inc .. ':' .. i) then return inc .. ':' .. i end
+  end
+  return nil
+end
+
+-- The slot for a tag: one of the worker that it was sent to, else the one that had it last, else with
+-- several leases one of a node that holds it already, else the one that is free for the longest time;
+-- nil if none may have it now.
 local function pick_slot(q, tag)
   local idle = queue_key(q, 'idle')
+  local to = destination(q, tag)
+  if to then return free_slot(q, to) end
   local warm = redis.call('HGET', queue_key(q, 'warm'), tag)
   if warm and redis.call('ZSCORE', idle, warm) and not lacks(q, tag, string.match(warm, '^[^:]+')) then
     return warm

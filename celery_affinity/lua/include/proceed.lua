@@ -5,12 +5,10 @@ local function drop_first(l)
   l.out[2] = nil
 end
 
--- True if the lease goes on.
+-- True if the lease goes on; the caller saves it.
 local function proceed(l, w)
   l.miss = 0
   if w and w.active then pump(l, w) end
   if #l.out > 0 and is_halted(l.q, l.tag) then take_back(l, false) end
-  if #l.out == 0 then return false end
-  save_lease(l)
-  return true
+  return #l.out > 0
 end

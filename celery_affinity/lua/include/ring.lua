@@ -18,13 +18,15 @@ local function is_halted(q, tag)
   return conf(q).halts and redis.call('HEXISTS', queue_key(q, 'halted'), tag) == 1
 end
 
--- on_failure: after the failure of an entry its tag gets no slot until an operator says so.
-local function halt(q, tag, entry)
-  local c, halted = conf(q), queue_key(q, 'halted')
-  local why = (c.failure == 1 and 'block:' or 'park:') .. entry
+-- After the failure of an entry (on_failure), or when it is paused, a tag gets no slot until an
+-- operator says so. A retry at its head that is not due keeps its time (later).
+local function halt(q, tag, why)
+  local c, halted, hold = conf(q), queue_key(q, 'halted'), queue_key(q, 'hold')
   local before = redis.call('HGET', halted, tag)
   redis.call('HSET', halted, tag, before and before .. ' ' .. why or why)
-  redis.call('ZADD', queue_key(q, 'hold'), '+inf', tag)
+  local due = redis.call('ZSCORE', hold, tag)
+  if due and due ~= 'inf' then redis.call('HSET', queue_key(q, 'later'), tag, due) end
+  redis.call('ZADD', hold, '+inf', tag)
   redis.call('ZREM', queue_key(q, 'ring'), tag)
   if c.warm_wait > 0 then redis.call('HDEL', queue_key(q, 'since'), tag) end
   redis.call('HSET', queue_key(q, 'conf'), 'halts', '1')
@@ -34,7 +36,11 @@ end
 -- Put a tag into the ring if it has a backlog and room under its concurrency. With more than
 -- one lease a tag waits until its last dispatch has started, so that starts keep their order.
 local function enlist(q, tag, to_front)
-  if redis.call('EXISTS', backlog_key(q, tag)) == 0 or on_hold(q, tag) then return end
+  if redis.call('EXISTS', backlog_key(q, tag)) == 0 then
+    if conf(q).marks then redis.call('ZREM', queue_key(q, 'big'), tag) end
+    return
+  end
+  if on_hold(q, tag) then return end
   local held = #holders(q, tag)
   if held > 0 then
     if held >= concurrency(q, tag) then return end
@@ -51,17 +57,21 @@ local function enlist(q, tag, to_front)
   if conf(q).warm_wait > 0 then redis.call('HSETNX', queue_key(q, 'since'), tag, text(NOW)) end
 end
 
--- Put an entry back where its number belongs. A backlog grows by number, and at most
--- tag_concurrency entries can be out, so the place is among the first few.
+-- Put an entry back where its number belongs. A backlog grows by number, and before that place
+-- stand only entries that were out too: it is among the first few.
 local function put_back(q, tag, entry)
   local list = backlog_key(q, tag)
-  local number = tonumber(entry)
-  for _, other in ipairs(redis.call('LRANGE', list, 0, 2 * concurrency(q, tag))) do
-    if tonumber(other) > number then
-      redis.call('LINSERT', list, 'BEFORE', other, entry)
-      return
+  local number, from, page = tonumber(entry), 0, 2 * concurrency(q, tag)
+  repeat
+    local some = redis.call('LRANGE', list, from, from + page)
+    for _, other in ipairs(some) do
+      if tonumber(other) > number then
+        redis.call('LINSERT', list, 'BEFORE', other, entry)
+        return
+      end
     end
-  end
+    from = from + page + 1
+  until #some <= page
   redis.call('RPUSH', list, entry)
 end
 
@@ -84,7 +94,9 @@ local function bury(q, entry, tag, reason, message, told, traceback)
     message or redis.call('HGET', queue_key(q, 'm'), entry) or '')
   forget_entry(q, entry)
   count(q, 'buried')
-  if not message and conf(q).failure > 0 then halt(q, tag, entry) end
+  if not message and conf(q).failure > 0 then
+    halt(q, tag, (conf(q).failure == 1 and 'block:' or 'park:') .. entry)
+  end
   if not told then
     redis.call('RPUSH', queue_key(q, 'untold'), entry)
     ring_bell(q)

@@ -6,12 +6,8 @@ scheduler those that it leads, so that no figure comes from two of them.
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
-
-import click
 
 from celery_affinity.connection import connect
 from celery_affinity.exceptions import ConfigurationError
@@ -22,10 +18,7 @@ from celery_affinity.measures import Measures, QueueMeasures
 if TYPE_CHECKING:
     from celery_affinity.prometheus import LedgerCollector, MetricsServer
 
-__all__ = ("check_metrics_port", "collector_of", "exporter", "scheduler_metrics")
-
-#: The exporter's port unless it is told another.
-PORT = 9808
+__all__ = ("check_metrics_port", "collector_of", "prometheus_module", "scheduler_metrics")
 
 
 def check_metrics_port(settings: Any) -> None:
@@ -35,10 +28,15 @@ def check_metrics_port(settings: Any) -> None:
         ConfigurationError: If prometheus-client is missing.
     """
     if settings.metrics_port is not None:
-        _prometheus()
+        prometheus_module()
 
 
-def _prometheus() -> Any:
+def prometheus_module() -> Any:
+    """celery_affinity.prometheus.
+
+    Raises:
+        ConfigurationError: If prometheus-client is missing.
+    """
     try:
         from celery_affinity import prometheus
     except ImportError as error:
@@ -68,7 +66,7 @@ def collector_of(
         shown = affinity.settings.queue_names if led is None else led()
         return measures.read([q for q in affinity.settings.queues if q.name in shown], top)
 
-    made: LedgerCollector = _prometheus().LedgerCollector(read, top_tags)
+    made: LedgerCollector = prometheus_module().LedgerCollector(read, top_tags)
     return made
 
 
@@ -77,48 +75,6 @@ def scheduler_metrics(affinity: Any, led: Callable[[], Collection[str]]) -> Metr
     port = affinity.settings.metrics_port
     if port is None:
         return None
-    server: MetricsServer = _prometheus().MetricsServer(collector_of(affinity, led=led), port)
+    server: MetricsServer = prometheus_module().MetricsServer(collector_of(affinity, led=led), port)
     server.start()
     return server
-
-
-@click.command()
-@click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True)
-@click.option("--address", default="0.0.0.0", show_default=True, help="Where to listen.")
-@click.option(
-    "--top-tags",
-    type=click.IntRange(0, 100),
-    default=0,
-    show_default=True,
-    help="Show so many of the longest backlogs by the name of their tag.",
-)
-@click.option("--once", is_flag=True, help="Print the metrics and end. Exit code 1: no Redis.")
-@click.pass_context
-def exporter(context: click.Context, port: int, address: str, top_tags: int, once: bool) -> None:
-    """Serve the figures of all queues to Prometheus, until it is stopped."""
-    affinity = getattr(context.obj.app, "celery_affinity", None)
-    if affinity is None:
-        raise ConfigurationError(
-            "found no Affinity(app) in this app; name the app with -A, and add "
-            "affinity = Affinity(app, queues=[AffinityQueue(...)]) to its module"
-        )
-    collector = collector_of(affinity, top_tags)
-    if once:
-        from prometheus_client import CollectorRegistry, generate_latest
-
-        registry = CollectorRegistry()
-        registry.register(collector)
-        text = generate_latest(registry).decode()
-        click.echo(text, nl=False)
-        context.exit(0 if "celery_affinity_up 1.0" in text else 1)
-    server = _prometheus().MetricsServer(collector, port, address)
-    try:
-        server.serve()
-    except OSError as error:
-        raise click.ClickException(f"cannot listen on {address}:{port}: {error}") from None
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    click.echo(f"Metrics of {', '.join(affinity.settings.queue_names)} on {address}:{server.port}.")
-    stop.wait()
-    server.stop()

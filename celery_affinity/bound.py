@@ -1,0 +1,77 @@
+"""What the public methods of `Affinity` stand on, so that they can be kept in files by role."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from celery_affinity.connection import connect
+from celery_affinity.delivery import Delivery
+from celery_affinity.exceptions import AmbiguousQueueError, NoSuchWorkerError, UndeclaredQueueError
+from celery_affinity.keys import Keys
+from celery_affinity.ledger import Ledger
+from celery_affinity.operator_scripts import OperatorScripts
+from celery_affinity.settings import AffinityQueue, AffinitySettings
+from celery_affinity.types import WorkerRecord
+
+__all__ = ("Bound",)
+
+
+class Bound:
+    """An app's queues and its ledger, connected when they are first needed."""
+
+    if TYPE_CHECKING:
+        app: Any
+
+        @property
+        def settings(self) -> AffinitySettings:
+            """The settings in force."""
+            ...
+
+        @property
+        def redis_url(self) -> str:
+            """URL of the ledger's Redis."""
+            ...
+
+        @property
+        def delivery(self) -> Delivery:
+            """How messages get into the ledger and out of it."""
+            ...
+
+        def _tag_of_message(self, message: Mapping[str, Any]) -> object: ...
+
+    @cached_property
+    def _ledger(self) -> Ledger:
+        return Ledger(connect(self.redis_url), Keys(self.settings.namespace), self.delivery)
+
+    @cached_property
+    def _scripts(self) -> OperatorScripts:
+        return OperatorScripts(connect(self.redis_url), Keys(self.settings.namespace))
+
+    def _declared(self, queue: str) -> AffinityQueue:
+        found = self.settings.queue(queue)
+        if found is None:
+            raise UndeclaredQueueError(queue, self.settings.queue_names)
+        return found
+
+    def queue_named(self, queue: str | None) -> AffinityQueue:
+        """The declared queue of that name, or without a name the only one.
+
+        Raises:
+            UndeclaredQueueError: If it is not declared.
+            AmbiguousQueueError: If none is named, and not exactly one is declared.
+        """
+        if queue is not None:
+            return self._declared(queue)
+        if len(self.settings.queues) != 1:
+            raise AmbiguousQueueError(self.settings.queue_names)
+        return self.settings.queues[0]
+
+    def _worker(self, name: str) -> WorkerRecord:
+        """The registered worker of that name, part of a name before its "@", or incarnation."""
+        workers = self._ledger.workers(self.settings.queues)
+        found = [w for w in workers if name in (w.worker_id, w.name, w.name.split("@")[0])]
+        if len(found) != 1:
+            raise NoSuchWorkerError(name, [(w.name, w.worker_id) for w in found or workers])
+        return found[0]

@@ -1,0 +1,102 @@
+"""What an operator may do to the dead letters, as methods of `Affinity`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from celery_affinity.bound import Bound
+from celery_affinity.dead import DeadLetters
+from celery_affinity.intake import Intake
+from celery_affinity.types import DeadLetter
+from celery_affinity.who import write_down
+
+__all__ = ("DeadLetterCalls",)
+
+
+class DeadLetterCalls(Bound):
+    """Mixed into `Affinity`."""
+
+    def dead_letters(
+        self, queue: str, limit: int = 100, *, after: int = 0, tag: str | None = None
+    ) -> list[DeadLetter]:
+        """Messages that were buried, with the reason, by entry (the order of admission).
+
+        Arguments:
+            after: The last entry of the page before.
+            tag: Only those of this tag; "" is for those that have none.
+        """
+        return self._ledger.dead_letters(self._declared(queue), limit, after, tag)
+
+    def requeue_dead(
+        self,
+        queue: str,
+        entries: Iterable[int] | None = None,
+        *,
+        tag: str | None = None,
+        by: str = "",
+    ) -> int:
+        """Let buried messages run: these entries, those of a tag, or all there are now.
+
+        Each joins the end of its tag, in the order of their entries; one that halts its tag
+        (``on_failure``) goes back to the tag's head, and a blocked tag goes on. Message and task id
+        stay the same, so a result that is FAILURE is replaced.
+
+        Returns:
+            How many were requeued. What intake still cannot use (no tag) stays a dead letter.
+
+        Raises:
+            ValueError: If both entries and a tag are given.
+        """
+        chosen = self._chosen("requeue", queue, entries, tag, by)
+        return self._dead(queue).requeue(chosen, tag)
+
+    def purge_dead(
+        self,
+        queue: str,
+        entries: Iterable[int] | None = None,
+        *,
+        tag: str | None = None,
+        by: str = "",
+    ) -> int:
+        """Delete buried messages for good: these entries, those of a tag, or all there are now.
+
+        A tag that is blocked by one (``on_failure``) goes on.
+
+        Returns:
+            How many were deleted. One whose caller was not told of its failure yet stays: the
+            leader tells within seconds, if the result backend can be reached.
+
+        Raises:
+            ValueError: If both entries and a tag are given.
+        """
+        chosen = self._chosen("purge dead", queue, entries, tag, by)
+        return self._dead(queue).purge(chosen, tag)
+
+    def _chosen(
+        self, what: str, queue: str, entries: Iterable[int] | None, tag: str | None, by: str
+    ) -> list[int] | None:
+        """The chosen entries, after they were written down."""
+        chosen = None if entries is None else list(entries)
+        self._declared(queue)
+        if chosen is not None and tag is not None:
+            raise ValueError(
+                f"found both entries and a tag ({tag!r}): pass one of them, or neither for all"
+            )
+        if chosen is None:
+            target = "all letters" if tag is None else tag
+        else:
+            target = f"letter {chosen[0]}" if len(chosen) == 1 else f"{len(chosen)} letters"
+        write_down(self._scripts, by, what, queue, target)
+        return chosen
+
+    def _dead(self, queue: str) -> DeadLetters:
+        declared = self._declared(queue)
+        intake = Intake(
+            self._scripts, declared.state, [], self._tag_of_message, declared.untagged == "spread"
+        )
+        return DeadLetters(
+            self._scripts,
+            declared.state,
+            intake.judge,
+            lambda tag: self._ledger.dead_entries(declared, tag),
+        )
