@@ -129,3 +129,17 @@ def test_a_clock_that_was_set_back_does_not_let_a_tag_pass_those_that_wait(bench
     bench.send("late", 1)
     bench.admit_all()
     assert bench.client.zrange(bench.queue_key("ring"), 0, -1) == [b"early", b"late"]
+
+
+def test_an_entry_whose_start_was_granted_is_timed_as_well(bench: Bench) -> None:
+    node = bench.opening(*range(SAMPLED[0]), depth=2)
+    while int((copy := node.take()).stamp.entry) < SAMPLED[0] - 1:
+        copy.run()
+    assert copy.start() == 1
+    assert not waits(bench)
+    granted = node.take()
+    assert copy.settle(grant="granted?") == f"held {SAMPLED[0]}"
+    assert sum(waits(bench).values()) - waits(bench)["sum"] == 1
+    granted.token = "granted?"
+    assert granted.settle() == "empty"
+    assert not bench.client.exists(bench.queue_key("joined"))
