@@ -98,9 +98,7 @@ class Held:
             if is_gone():
                 self._stopping.pop(held, None)
         return [
-            *self._requests,
-            *list(self._stopping),
-            *(f"{held}:?" for held in list(self._flushed)),
+            *self._requests, *list(self._stopping), *(f"{held}:?" for held in list(self._flushed))
         ]
 
     def running_slots(self) -> set[int]:
