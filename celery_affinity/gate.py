@@ -47,6 +47,7 @@ from celery_affinity.outcomes import is_of_greenlets, outcome_of, outcome_of_err
 from celery_affinity.running import BatchCall, BatchTask, Run, Tracer, running
 from celery_affinity.scripts import Scripts
 from celery_affinity.starts import Starts
+from celery_affinity.tracing import spans_around
 from celery_affinity.watchdog import seconds
 
 __all__ = ("REFUSED", "Gate")
@@ -140,6 +141,7 @@ class Gate:
 
     def around(self, tracer: Tracer, batch: BatchTask | None = None) -> Tracer:
         """The tracer behind this gate. Of a batch task, one start may be followed by several."""
+        tracer = spans_around(tracer)
 
         def gated(uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
             stamp = Stamp.parse(request.pop(STAMP_HEADER, None)) if request else None
@@ -189,6 +191,7 @@ class Gate:
             )
             call = batch.call(run, request, found) if found else None
         if answer != 1:
+            self._briefly(lambda: self._scripts.refused(stamp.state))
             logger.debug(
                 "Refused a copy of task %s (%s).",
                 uuid,

@@ -76,7 +76,10 @@ for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
         l.x = l.x + 1
         o.send = text(l.x) .. 'r'
         l.t = NOW
-        if deliver(l, k, w) then again = again + 1 end
+        if deliver(l, k, w) then
+          again = again + 1
+          count(l.q, 'resent')
+        end
         changed = true
       end
     end

@@ -18,6 +18,7 @@
 -- @include deliver
 -- @include lease
 -- @include read_message
+-- @include waits
 local inc, i, entry, epoch, token, task = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[7]
 local l, leased = load_lease(inc, i)
 local first = l.out[1]
@@ -78,6 +79,7 @@ local function join(mate)
   local raw = #mates < room and redis.call('HGET', messages, mate)
   if not raw or bytes + #raw > tonumber(ARGV[8]) or not joins(mate, raw) then return false end
   bytes = bytes + #raw
+  if is_sampled(mate) then note_wait(q, mate) end
   mates[#mates + 1] = mate
   answer[#answer + 1] = mate
   answer[#answer + 1] = raw

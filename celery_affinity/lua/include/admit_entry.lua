@@ -20,6 +20,7 @@ local function admit_entry(q, raw, tag, eta)
     redis.call('ZADD', queue_key(q, 'eta'), text(eta), entry .. ':' .. tag)
   else
     note_growth(q, tag, redis.call('RPUSH', backlog_key(q, tag), entry), 1)
+    if is_sampled(entry) then redis.call('HSET', queue_key(q, 'joined'), entry, text(NOW)) end
   end
   return entry
 end
@@ -40,7 +41,7 @@ end
 local function admit_entries(q, many)
   if #many == 0 then return {} end
   local last = redis.call('HINCRBY', queue_key(q, 'c'), 'seq', #many)
-  local messages, due, backlogs, tags = {}, {}, {}, {}
+  local messages, due, backlogs, tags, joined = {}, {}, {}, {}, {}
   for k, one in ipairs(many) do
     local entry, tag, eta = text(last - #many + k), one[2], one[3]
     messages[2 * k - 1], messages[2 * k] = entry, one[1]
@@ -54,10 +55,15 @@ local function admit_entries(q, many)
       due[#due + 1] = entry .. ':' .. tag
     else
       list[#list + 1] = entry
+      if is_sampled(entry) then
+        joined[#joined + 1] = entry
+        joined[#joined + 1] = text(NOW)
+      end
     end
   end
   call_in_chunks('HSET', queue_key(q, 'm'), messages)
   call_in_chunks('ZADD', queue_key(q, 'eta'), due)
+  call_in_chunks('HSET', queue_key(q, 'joined'), joined)
   for _, tag in ipairs(tags) do
     local length = call_in_chunks('RPUSH', backlog_key(q, tag), backlogs[tag])
     if length then note_growth(q, tag, length, #backlogs[tag]) end

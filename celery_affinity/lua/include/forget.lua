@@ -1,7 +1,8 @@
 -- Take a worker out of the ledger: what it held goes back to the head, its keys go.
 
 -- Does at most `budget` leases; returns entries given back and whether more is to be done.
-local function forget_worker(inc, budget)
+-- `lost`: it did not leave by itself.
+local function forget_worker(inc, budget, lost)
   local w = worker(inc)
   local info = worker_key(inc, 'info')
   local touched, back, done = {}, 0, 0
@@ -11,7 +12,9 @@ local function forget_worker(inc, budget)
       return back, true
     end
     local l = load_lease(inc, i)
-    back = back + take_back(l, true)
+    local given_back = take_back(l, true)
+    back = back + given_back
+    if lost then count(l.q, 'rescued', given_back) end
     release(l, true)
     touched[l.q] = true
     done = done + 1

@@ -185,6 +185,8 @@ local function open_lease(q, tag, inc, i, w)
   redis.call('HSET', slot_key(inc, i), 'q', q, 'tag', tag, 'epoch', l.epoch, 'cn', l.cn,
     'o', text(NOW))
   if conf(q).warm_wait > 0 then redis.call('HDEL', queue_key(q, 'since'), tag) end
+  local last = conf(q).warm > 0 and redis.call('HGET', queue_key(q, 'warm'), tag)
+  if last then count(q, last == me and 'warm' or 'moved') end
   local sent = pump(l, w)
   save_lease(l)
   if sent == 0 then release(l) end
