@@ -382,6 +382,22 @@ def test_a_repeated_question_for_a_granted_start_changes_nothing_of_its_call(ben
     assert settle(second, *done(2, 3, 4, 5)) == "held"
 
 
+def test_a_call_that_runs_in_an_older_copy_of_its_first_message_is_not_taken_back(
+    bench: Bench,
+) -> None:
+    first = started(bench, 6, depth=2, batch=4)
+    second = first.node.take()
+    assert first.settle(grant="granted?") == f"held {second.stamp.entry}"
+    second.token = "granted?"
+    first.node.take()
+    assert first.node.beat(1)[:2] == (True, 2), "both are late, and sent again"
+    assert take(second) == (1, [3, 4, 5])
+    for number in (2, 3):
+        assert first.node.beat(number, [second]) == (True, 0, 0)
+        bench.client.hincrby(bench.scripts.keys.slot("n", 0), "miss", -6_000)
+    assert settle(second, *done(2, 3, 4, 5)) == "held"
+
+
 # Operators
 
 

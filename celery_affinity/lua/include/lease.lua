@@ -6,8 +6,9 @@ local FIELDS = {'q', 'tag', 'epoch', 'n', 'cn', 'x', 't', 'miss', 'fin',
 -- Whether a settle has granted this start: its process knows of it, but may not have begun with it. Such
 -- a token ends in "?". Whatever it is not safe to take for unstarted takes it for started. One that its
 -- node has given its end (finish) has begun, and so has one that mates have joined (take).
+local function was_granted(o) return o.token and string.sub(o.token, -1) == '?' end
 local function is_granted(l, o)
-  return o.token and string.sub(o.token, -1) == '?' and not l.mates
+  return was_granted(o) and not l.mates
     and not (l.fin and string.match(l.fin, '^%d+') == o.entry)
 end
 
