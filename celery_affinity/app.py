@@ -19,6 +19,7 @@ from celery_affinity.dead_operations import DeadLetterCalls
 from celery_affinity.delivery import Delivery, SameRedisDelivery
 from celery_affinity.detour import to_pending_queue
 from celery_affinity.exceptions import ConfigurationError, UndeclaredQueueError
+from celery_affinity.exporting import check_metrics_port, scheduler_metrics
 from celery_affinity.failing import fail_buried
 from celery_affinity.foreign import ForeignConsumers, consumed_queues
 from celery_affinity.intake import no_tag
@@ -61,6 +62,7 @@ class Affinity(Looking, Operations, DeadLetterCalls):
         self.node: Node | None = None
         self._service: SchedulerService | None = None
         self._foreign: ForeignConsumers | None = None
+        self._metrics: Any = None
         self._node_name = ""
         self._startup_error: Exception | None = None
         self._command_line: dict[str, str] = {}
@@ -160,6 +162,7 @@ class Affinity(Looking, Operations, DeadLetterCalls):
     def start_scheduling(self, node: str) -> None:
         """Campaign for all affinity queues, in threads of this process."""
         if self._service is None:
+            check_metrics_port(self.settings)
             self._service = SchedulerService(
                 self.settings,
                 self.redis_url,
@@ -176,9 +179,13 @@ class Affinity(Looking, Operations, DeadLetterCalls):
                 lambda: service.leading,
             )
             self._foreign.start()
+            self._metrics = scheduler_metrics(self, lambda: service.led_queues)
 
     def stop_scheduling(self) -> None:
         """Resign, so that another node takes over at once."""
+        if self._metrics is not None:
+            self._metrics.stop()
+            self._metrics = None
         if self._foreign is not None:
             self._foreign.stop()
             self._foreign = None
@@ -219,6 +226,8 @@ class Affinity(Looking, Operations, DeadLetterCalls):
         selected = internals.selected_queues(self.app)
         known = list(self.app.amqp.queues) if selected is None else selected
         self._check_tasks()
+        if self.settings.role != "worker":
+            check_metrics_port(self.settings)
         serves = [
             queue
             for queue in self.settings.queues

@@ -64,7 +64,8 @@ class Burials:
         try:
             self.run(fence)
         except RedisError as error:
-            logger.debug("Could not tell of burials: %s", error)  # the scheduler says so itself
+            # The scheduler says so itself.
+            logger.debug("Could not tell of burials: %s", error, extra={"action": "burials_untold"})
 
     def run(self, fence: str) -> None:
         """One pass over the untold."""

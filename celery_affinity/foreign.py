@@ -96,5 +96,9 @@ class ForeignConsumers:
                 self.look()
             except Exception as error:
                 # Redis away is told by the scheduler; here the next question will do.
-                logger.debug("Could not ask for foreign consumers: %s", error)
+                logger.debug(
+                    "Could not ask for foreign consumers: %s",
+                    error,
+                    extra={"action": "foreign_unknown"},
+                )
             pause = INTERVAL_SECONDS

@@ -48,6 +48,7 @@ from celery_affinity.events import tag_acquired, tag_released
 from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp, tag_text
 from celery_affinity.scripts import Scripts
 from celery_affinity.starts import Starts
+from celery_affinity.tracing import spans_around
 from celery_affinity.watchdog import seconds
 
 __all__ = ("REFUSED", "Gate", "Run", "Tracer", "current_run")
@@ -168,6 +169,7 @@ class Gate:
 
     def around(self, tracer: Tracer) -> Tracer:
         """The tracer behind this gate."""
+        tracer = spans_around(tracer)
 
         def gated(uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
             stamp = Stamp.parse(request.pop(STAMP_HEADER, None)) if request else None
@@ -203,6 +205,7 @@ class Gate:
         self._announce()
         answer, token = self._starts.begin(stamp, self._patiently)
         if answer != 1:
+            self._briefly(lambda: self._scripts.refused(stamp.state))
             logger.debug(
                 "Refused a copy of task %s (%s).",
                 uuid,

@@ -103,7 +103,12 @@ def stored_success(app: Any, task_id: str, request: Mapping[str, Any]) -> str | 
     try:
         meta = task.backend.get_task_meta(task_id, cache=False)
     except Exception as error:
-        logger.debug("Could not look for the stored result of task %s: %s", task_id, error)
+        logger.debug(
+            "Could not look for the stored result of task %s: %s",
+            task_id,
+            error,
+            extra={"action": "stored_unknown", "task_id": task_id},
+        )
         return None
     return repr(meta.get("result")) if meta.get("status") == states.SUCCESS else None
 

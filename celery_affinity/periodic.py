@@ -122,6 +122,10 @@ class AffinityBeat:
             self._reachability.unanswered(error)
             return RETRY_SECONDS
         except Deposed:
+            logger.info(
+                "No longer sending periodic tasks: the term is over (not an error).",
+                extra={"action": "conceded"},
+            )
             self._elector.concede()
             return 0.0
         except ConfigurationError as error:
@@ -275,6 +279,7 @@ class AffinityBeat:
                 "Cannot tell when periodic entry %r is due; trying again in %g s.",
                 entry.name,
                 self.max_interval,
+                extra={"action": "periodic_unknown", "entry": entry.name},
             )
             return None, self.max_interval
         # The entry's own word counts: a schedule may say that it is due and not since when.
@@ -282,7 +287,12 @@ class AffinityBeat:
 
     def _send(self, entry: Any, due: int) -> bool:
         """Publish a claimed run; False if that has to be tried again."""
-        logger.info("Scheduler: Sending due task %s (%s)", entry.name, entry.task)
+        logger.info(  # in the words of Celery's own
+            "Scheduler: Sending due task %s (%s)",
+            entry.name,
+            entry.task,
+            extra={"action": "periodic_send", "entry": entry.name},
+        )
         try:
             self.apply_async(  # type: ignore[attr-defined]
                 self._stamped(entry, due),
@@ -293,7 +303,12 @@ class AffinityBeat:
             if self._may_succeed_later(error) and due > dues.now(entry.schedule) - self._bound:
                 if self._complained.get(entry.name) != due:
                     self._complained[entry.name] = due
-                    logger.warning("Periodic entry %r is sent later: %s", entry.name, error)
+                    logger.warning(
+                        "Periodic entry %r is sent later: %s",
+                        entry.name,
+                        error,
+                        extra={"action": "periodic_later", "entry": entry.name},
+                    )
                 return False
             # As Celery does: this run is lost, the next one is tried again.
             logger.exception(

@@ -362,6 +362,10 @@ class Scripts:
         """1 to run it; negative to refuse this copy; see start.lua."""
         return int(self._call("start", incarnation, slot, entry, epoch, send, token, least_ms))
 
+    def refused(self, state: str) -> None:
+        """Count a copy that was refused."""
+        self._call("refused", state)
+
     def settle(
         self,
         incarnation: str,

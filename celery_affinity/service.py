@@ -45,6 +45,12 @@ class SchedulerService:
         """Whether a term of any queue is held."""
         return any(scheduler.leading for scheduler, _ in self._running)
 
+    @property
+    def led_queues(self) -> list[str]:
+        """Names of the queues whose term is held."""
+        running = zip(self._settings.queues, list(self._running), strict=False)
+        return [queue.name for queue, (scheduler, _) in running if scheduler.leading]
+
     def start(self) -> None:
         """Start a scheduler for each queue. Does not wait for Redis."""
         for queue in self._settings.queues:

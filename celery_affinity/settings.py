@@ -206,6 +206,8 @@ class AffinitySettings(BaseModel):
     on_ledger_lost: Literal["finish", "stop"] = "finish"
     #: On prefork, run all tasks of a lease in one pool process.
     slot_is_process: bool = True
+    #: Port on which whoever schedules serves metrics to Prometheus; none unless asked for.
+    metrics_port: int | None = Field(default=None, ge=1, le=65535)
 
     @field_validator("namespace")
     @classmethod

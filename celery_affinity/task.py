@@ -14,6 +14,7 @@ from celery_affinity.context import AffinityContext
 from celery_affinity.exceptions import MissingTagError, TagError, UndeclaredQueueError
 from celery_affinity.message import TAG_HEADER, spread_tag, tag_text
 from celery_affinity.settings import AffinitySettings
+from celery_affinity.tracing import sending_headers
 
 if TYPE_CHECKING:
     from celery.app.task import Task
@@ -169,7 +170,7 @@ def _tagged(
     """The options of a call with its tag and the queue to publish to. Repeats change nothing."""
     options = {**options, "queue": queue}
     tag = _tag_of_call(self, args, kwargs, identify_tag, headers, options)
-    options["headers"] = {**(headers or {}), TAG_HEADER: tag}
+    options["headers"] = {**sending_headers(headers), TAG_HEADER: tag}
     bound = _affinity_of(self)
     addressed = options.get("routing_key") is not None and options.get("exchange") is not None
     if not addressed and not self._get_app().conf.task_always_eager:

@@ -16,6 +16,9 @@ from history import HISTORY_VARIABLE
 
 pytest_plugins = ["reliability"]
 
+#: Run with the plugin for users, by tests of their own (integration/test_testing_plugin.py).
+collect_ignore_glob = ["integration/testing_shop/*"]
+
 _clusters = pytest.StashKey[list[Cluster]]()
 
 

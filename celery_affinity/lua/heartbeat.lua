@@ -10,8 +10,9 @@
 -- A message that was dispatched longer ago than the grace, is not in the worker queue any more and
 -- has not arrived is sent again with a new send number. One that started but is no longer held at two
 -- beats, a tenth of the heartbeat timeout apart (some beats follow each other at once), is taken back.
--- One whose start was granted is sent again as if it had not started: its process knows the token, and a
--- copy that comes while it runs is refused.
+-- One whose start was granted is sent again once as if it had not started: its process knows the token,
+-- and a copy that comes while it runs is refused. If that does not come to its end either, it counts as
+-- one that started (in a ledger that was restored its process knows of no grant any more).
 -- A repeat of a beat number counts no beat twice.
 -- What waits for longer than the grace behind an ordinary task goes back to the head if a slot
 -- elsewhere, or another one of a node, can take it.
@@ -64,13 +65,21 @@ for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
   for k, o in ipairs(l.out) do
     local name = table.concat({i, o.entry, l.epoch, o.send}, ':')
     if not holds[name] then
-      if o.token and not (is_granted(l, o) and w.active and serves(w, l.q, i)) then
+      local granted = is_granted(l, o) and w.active and serves(w, l.q, i)
+      if o.token and not granted then
         missing = not holds[name .. ':?']
-      elseif NOW - l.t >= grace and w.active and serves(w, l.q, i) and not queued(l, o) then
+      elseif NOW - l.t < grace or not w.active or not serves(w, l.q, i) or queued(l, o) then
+        -- it is on its way
+      elseif granted and string.sub(o.send, -1) == 'r' then
+        missing = true
+      else
         l.x = l.x + 1
         o.send = text(l.x) .. 'r'
         l.t = NOW
-        if deliver(l, k, w) then again = again + 1 end
+        if deliver(l, k, w) then
+          again = again + 1
+          count(l.q, 'resent')
+        end
         changed = true
       end
     end

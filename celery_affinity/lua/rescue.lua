@@ -22,5 +22,5 @@ local wait = tonumber(first[2]) - NOW
 if wait > 0 then return {0, wait} end
 local inc = first[1]
 local name = redis.call('HGET', worker_key(inc, 'info'), 'name') or ''
-local back, more = forget_worker(inc, budget)
+local back, more = forget_worker(inc, budget, true)
 return {1, name, inc, back, more and 1 or 0}

@@ -50,6 +50,11 @@ if plain then
     l.last_token, l.last_answer = token, 'held'
     if may_grant(waited) then
       waited.token = ARGV[6]
+      l.began = NOW
+      if is_sampled(waited.entry) then
+-- @include waits
+        note_wait(q, waited.entry)
+      end
       l.last_answer = 'held ' .. waited.entry
     end
     save_lease(l)

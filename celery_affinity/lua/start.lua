@@ -17,6 +17,10 @@ if v[2] == entry then
   if v[4] then return v[4] == token and 1 or -3 end
   if v[3] ~= send then return -2 end
   redis.call('HSET', slot_key(inc, i), 'k1', token, 'began', text(NOW))
+  if is_sampled(entry) then
+-- @include waits
+    note_wait(v[8], entry)
+  end
   if tonumber(v[7]) == 1 then return 1 end
 elseif v[5] ~= entry then
   return -1

@@ -226,3 +226,17 @@ def test_a_granted_task_that_was_given_its_end_is_neither_sent_again_nor_discard
     assert bench.scripts.finish(s.incarnation, s.slot, s.entry, s.epoch)
     assert node.beat(1)[:2] == (True, 0), "not sent again"
     assert second.discard("settle", "revoked", alone=True) == 0
+
+
+def test_a_granted_start_that_nobody_knows_of_is_taken_back_after_one_more_message(
+    bench: Bench,
+) -> None:
+    """So it is in a ledger that was restored: the process has long ended what it was granted."""
+    node, second = granted(bench)
+    held = [node.take()]
+    assert node.beat(1, held) == (True, 1, 0)
+    assert node.take().start("own") == -3, "the process that got it holds no grant"
+    assert node.beat(2, held) == (True, 0, 0)
+    bench.client.hincrby(bench.scripts.keys.slot("n", 0), "miss", -6_000)
+    assert node.beat(3, held) == (True, 0, 2)
+    assert node.take().id == second.id and attempts(bench, second) == 1

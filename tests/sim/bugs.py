@@ -17,7 +17,6 @@ from celery_affinity.message import Stamp
 from celery_affinity.reporter import Reporter
 from celery_affinity.rescuer import Rescuer
 from celery_affinity.starts import Starts
-from celery_affinity.watchdog import seconds
 
 __all__ = ("BUGS", "NONE", "Bug")
 
@@ -34,15 +33,6 @@ class AgelessStarts(Starts):
     """Uses a grant however old it is."""
 
     SHARE = float("inf")
-
-
-class ForgetfulStarts(Starts):
-    """Forgets the token of a grant that is too old to be used."""
-
-    def begin(self, stamp: Stamp, patiently: Callable[[Any], Any]) -> tuple[int, str]:
-        if self._grant and seconds() - self._grant.asked >= self._trust_seconds * self.SHARE:
-            self._grant = None
-        return super().begin(stamp, patiently)
 
 
 class OnceOnlyGate(Gate):
@@ -204,7 +194,6 @@ BUGS = {
         ),
         # Starts that a settle grants.
         Bug("grant-ageless", "a granted start is used however old it is", starts=AgelessStarts),
-        Bug("grant-forgotten", "a late grant is asked for with another token", starts=ForgetfulStarts),
         Bug(
             "grant-is-nothing",
             "a drain takes back a granted entry as if it had not started",

@@ -27,7 +27,7 @@ ELSEWHERE = {
 #: Where the search begins for those that are met seldom (docs/simulation.md counts from 0).
 FROM = {
     "vacated-once": 263, "flush-forgets": 78, "uncounted-copies": 109, "grant-ageless": 181,
-    "discard-unasked": 218, "grant-is-nothing": 370, "grant-forgotten": 189,
+    "discard-unasked": 218, "grant-is-nothing": 370,
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ class Ledger:
         self.now = 0.0
         self.tokens: list[str] = []
         self.settled = 0
+        self.refusals = 0
         #: Tokens that settles proposed, and those that were declined.
         self.proposed: list[str] = []
         self.declined: list[str] = []
@@ -27,6 +28,10 @@ class Ledger:
         self._answers = list(answers)
         #: The entry that the first settle grants a start.
         self._grants = grants
+
+    def refused(self, state: str) -> None:
+        assert state == "jobs"
+        self.refusals += 1
 
     def start(self, *arguments: Any) -> int:
         self.tokens.append(arguments[-2])
@@ -82,6 +87,7 @@ def test_a_process_that_was_frozen_while_it_asked_asks_again(monkeypatch: pytest
     assert run(monkeypatch, ledger) == REFUSED
     assert len(set(ledger.tokens)) == 1, "the same token: had nothing happened, it may still run"
     assert ledger.settled == 0
+    assert ledger.refusals == 1, "it is counted"
 
 
 def test_nothing_starts_while_the_heartbeat_is_late(monkeypatch: pytest.MonkeyPatch) -> None:

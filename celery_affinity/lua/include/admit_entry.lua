@@ -1,9 +1,11 @@
 -- One usable message becomes an entry: due later, or at the end of its tag's backlog.
 
-local function is_power_of_two(n) return math.frexp(n) == 0.5 end
-
--- The longest backlogs are known by marks that they passed, at no cost for each entry (tend.lua).
-local function note_big(q, tag, length)
+-- The longest backlogs are known by marks that they passed (16, 32, 64, ...), at no cost for each entry
+-- (tend.lua).
+local function note_growth(q, tag, length, by)
+  local _, above = math.frexp(length)
+  local _, before = math.frexp(length - by)
+  if length < 16 or above == before then return end
   local big = queue_key(q, 'big')
   redis.call('ZADD', big, length, tag)
   redis.call('ZREMRANGEBYRANK', big, 0, -1001)
@@ -17,8 +19,8 @@ local function admit_entry(q, raw, tag, eta)
   if eta and eta > NOW then
     redis.call('ZADD', queue_key(q, 'eta'), text(eta), entry .. ':' .. tag)
   else
-    local length = redis.call('RPUSH', backlog_key(q, tag), entry)
-    if length >= 16 and is_power_of_two(length) then note_big(q, tag, length) end
+    note_growth(q, tag, redis.call('RPUSH', backlog_key(q, tag), entry), 1)
+    if is_sampled(entry) then redis.call('HSET', queue_key(q, 'joined'), entry, text(NOW)) end
   end
   return entry
 end
@@ -27,9 +29,11 @@ end
 local CHUNK = 1000
 
 local function call_in_chunks(name, key, values)
+  local answer
   for at = 1, #values, CHUNK do
-    redis.call(name, key, unpack(values, at, math.min(at + CHUNK - 1, #values)))
+    answer = redis.call(name, key, unpack(values, at, math.min(at + CHUNK - 1, #values)))
   end
+  return answer
 end
 
 -- The same of many, each {message, tag, due time or nil}, in their order; their tags in the order in
@@ -37,7 +41,7 @@ end
 local function admit_entries(q, many)
   if #many == 0 then return {} end
   local last = redis.call('HINCRBY', queue_key(q, 'c'), 'seq', #many)
-  local messages, due, backlogs, tags = {}, {}, {}, {}
+  local messages, due, backlogs, tags, joined = {}, {}, {}, {}, {}
   for k, one in ipairs(many) do
     local entry, tag, eta = text(last - #many + k), one[2], one[3]
     messages[2 * k - 1], messages[2 * k] = entry, one[1]
@@ -51,11 +55,19 @@ local function admit_entries(q, many)
       due[#due + 1] = entry .. ':' .. tag
     else
       list[#list + 1] = entry
+      if is_sampled(entry) then
+        joined[#joined + 1] = entry
+        joined[#joined + 1] = text(NOW)
+      end
     end
   end
   call_in_chunks('HSET', queue_key(q, 'm'), messages)
   call_in_chunks('ZADD', queue_key(q, 'eta'), due)
-  for _, tag in ipairs(tags) do call_in_chunks('RPUSH', backlog_key(q, tag), backlogs[tag]) end
+  call_in_chunks('HSET', queue_key(q, 'joined'), joined)
+  for _, tag in ipairs(tags) do
+    local length = call_in_chunks('RPUSH', backlog_key(q, tag), backlogs[tag])
+    if length then note_growth(q, tag, length, #backlogs[tag]) end
+  end
   return tags
 end
 

@@ -3,8 +3,9 @@
 -- KEYS[1] is the namespace's prefix, "{affinity:<namespace>}:". All other keys are computed
 -- from it and share its hash slot; the text of a tag or a queue is never inside the braces.
 --
---   q:<queue>:c        hash    counters: seq, epoch, term, ring, admitted, settled, ...; born: the
---                              first term in this data set
+--   q:<queue>:c        hash    counters: seq, epoch, term, admitted, settled, ...; born: the first
+--                              term in this data set; wait:<ms>, wait:inf, wait:sum: how long sampled
+--                              entries waited (waits.lua)
 --   q:<queue>:conf     hash    max_batch_size, tag_concurrency, ... (written by the leader); evac: it
 --                              is stopped, paused: it dispatches nothing, revoked: some tasks are,
 --                              lacking: some workers lack tasks, halts: some tags are halted, moving:
@@ -12,8 +13,9 @@
 --   q:<queue>:stage    list    messages of an evacuation under way
 --   q:<queue>:limits   hash    tag -> its own concurrency;  set: hash, those that an operator set
 --   q:<queue>:m        hash    entry -> the message as the producer sent it
+--   q:<queue>:joined   hash    sampled entry that has not started -> when it joined its backlog (ms)
 --   q:<queue>:att      hash    entry -> starts that did not settle (absent: none)
---   q:<queue>:ring     zset    ready tags by place
+--   q:<queue>:ring     zset    ready tags by place: the time (us) since which they wait
 --   q:<queue>:held     hash    tag -> "incarnation:slot ..." of its leases
 --   q:<queue>:unst     set     tags with concurrency > 1 whose newest dispatch has not started
 --   q:<queue>:idle     zset    "incarnation:slot" by the time since which it is free
@@ -62,6 +64,9 @@ local function backlog_key(q, tag) return P .. 'b:' .. #q .. ':' .. q .. ':' .. 
 local function worker_key(inc, name) return P .. 'w:' .. inc .. ':' .. name end
 local function slot_key(inc, i) return P .. 's:' .. inc .. ':' .. i end
 local function count(q, name, by) redis.call('HINCRBY', queue_key(q, 'c'), name, by or 1) end
+
+-- Whether it is noted how long this entry waits: about one in ten is, without a period of its own.
+local function is_sampled(entry) return tonumber(entry) * 0.6180339887 % 1 < 0.1 end
 
 -- The next of a growing number: above the last, and above any that a lost data set held.
 local function grow(q, name)

@@ -1,7 +1,8 @@
 -- Take a worker out of the ledger: what it held goes back to the head, its keys go.
 
 -- Does at most `budget` leases; returns entries given back and whether more is to be done.
-local function forget_worker(inc, budget)
+-- `lost`: it did not leave by itself.
+local function forget_worker(inc, budget, lost)
   local w = worker(inc)
   local info = worker_key(inc, 'info')
   local touched, back, done = {}, 0, 0
@@ -12,6 +13,7 @@ local function forget_worker(inc, budget)
     end
     local l = load_lease(inc, i)
     back = back + #l.out
+    if lost then count(l.q, 'rescued', #l.out) end
     take_back(l, true)
     release(l, true)
     touched[l.q] = true

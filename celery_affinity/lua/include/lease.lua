@@ -31,6 +31,7 @@ local function save_lease(l)
       set[#set + 1] = v
     end
   end
+  if l.began then set[#set + 1] = 'began'; set[#set + 1] = text(l.began) end
   local gone = {}
   for k = 1, 2 do
     local o = l.out[k]
@@ -171,6 +172,8 @@ local function open_lease(q, tag, inc, i, w)
   redis.call('HSET', slot_key(inc, i), 'q', q, 'tag', tag, 'epoch', l.epoch, 'cn', l.cn,
     'o', text(NOW))
   if conf(q).warm_wait > 0 then redis.call('HDEL', queue_key(q, 'since'), tag) end
+  local last = conf(q).warm > 0 and redis.call('HGET', queue_key(q, 'warm'), tag)
+  if last then count(q, last == me and 'warm' or 'moved') end
   local sent = pump(l, w)
   save_lease(l)
   if sent == 0 then release(l) end

@@ -49,10 +49,10 @@ local function enlist(q, tag, to_front)
   local ring = queue_key(q, 'ring')
   if to_front then
     local first = redis.call('ZRANGE', ring, 0, 0, 'WITHSCORES')
-    local place = tonumber(first[2] or redis.call('HGET', queue_key(q, 'c'), 'ring') or 0)
-    redis.call('ZADD', ring, 'NX', text(place - 1), tag)
+    redis.call('ZADD', ring, 'NX', text(tonumber(first[2] or NOW_US) - 1), tag)
   else
-    redis.call('ZADD', ring, 'NX', redis.call('HINCRBY', queue_key(q, 'c'), 'ring', 1), tag)
+    local last = redis.call('ZRANGE', ring, -1, -1, 'WITHSCORES')
+    redis.call('ZADD', ring, 'NX', text(math.max(NOW_US, tonumber(last[2] or 0) + 1)), tag)
   end
   if conf(q).warm_wait > 0 then redis.call('HSETNX', queue_key(q, 'since'), tag, text(NOW)) end
 end
@@ -79,6 +79,7 @@ local function forget_entry(q, entry)
   redis.call('HDEL', queue_key(q, 'm'), entry)
   redis.call('HDEL', queue_key(q, 'att'), entry)
   if conf(q).ordered > 0 then redis.call('HDEL', queue_key(q, 'retrying'), entry) end
+  if is_sampled(entry) then redis.call('HDEL', queue_key(q, 'joined'), entry) end
 end
 
 -- To the dead letters; an admitted one (without `message`) halts its tag where on_failure says so.

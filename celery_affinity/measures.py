@@ -1,0 +1,155 @@
+"""The figures of an affinity queue that a monitoring system wants, read from the ledger.
+
+One reading costs a fixed number of commands, however many tags wait, plus a few for each worker.
+Does not: know of Prometheus, or keep anything between two readings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from redis import Redis
+
+from celery_affinity.keys import Keys
+from celery_affinity.ledger import Ledger
+from celery_affinity.settings import AffinityQueue
+from celery_affinity.types import QueueStats, TagRecord, WorkerRecord
+
+__all__ = ("COUNTERS", "WAIT_BOUNDS_MS", "Measures", "QueueMeasures")
+
+#: Upper bounds of the ledger's counts of waits; those of lua/include/waits.lua.
+WAIT_BOUNDS_MS = (
+    5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 1_800_000,
+)  # fmt: skip
+#: The ledger's counters that are shown.
+COUNTERS = (
+    "admitted", "settled", "leases", "warm", "moved", "requeued", "rescued", "resent", "refused",
+    "buried",
+)  # fmt: skip
+#: Ready tags that are looked at one by one where a tag may hold several slots.
+LOOK = 200
+
+
+@dataclass(frozen=True)
+class QueueMeasures:
+    """One affinity queue at one moment."""
+
+    stats: QueueStats
+    #: Totals since the ledger began, by COUNTERS.
+    totals: Mapping[str, int]
+    #: Whether nothing is dispatched: it is evacuated or paused.
+    stopped: bool
+    #: Number of the leader's term; None if nobody schedules.
+    term: int | None
+    #: Leases that are held now.
+    leases: int
+    #: Tasks that could start now if slots were free: the ready tags, each with its room.
+    startable: int
+    #: Seconds since which the first tag of the ring has waited for a slot; 0.0 if none waits.
+    oldest_wait: float
+    #: Workers that serve the queue and take work.
+    workers: int
+    #: Slots that such a worker has for it, on average; 0.0 without workers.
+    slots_a_worker: float
+    #: Sampled tasks by how long they waited for their start: (upper bound in seconds, how many up
+    #: to it); the last bound is infinite.
+    waits: tuple[tuple[float, int], ...]
+    #: Seconds that the sampled tasks waited, together.
+    waited: float
+    #: The longest backlogs, if they were asked for.
+    top: tuple[TagRecord, ...] = ()
+
+    @property
+    def slots_wanted(self) -> int:
+        """Slots that would all have work now: more would idle, however long the queue is."""
+        return self.leases + (0 if self.stopped else self.startable)
+
+    @property
+    def workers_needed(self) -> int:
+        """Workers of the present size that have so many slots.
+
+        Without a worker its size is not known: one, if there is anything to do.
+        """
+        unscheduled = self.stats.pending > 0 and self.term is None
+        if self.workers and self.slots_a_worker:
+            needed = ceil(self.slots_wanted / self.slots_a_worker)
+            return max(needed, 1) if unscheduled and not self.stopped else needed
+        return int((self.slots_wanted > 0 or self.stats.pending > 0) and not self.stopped)
+
+
+class Measures:
+    """Reads the figures of affinity queues."""
+
+    def __init__(self, client: Redis, keys: Keys, ledger: Ledger) -> None:
+        self._client: Any = client
+        self._keys = keys
+        self._ledger = ledger
+
+    def read(self, queues: Sequence[AffinityQueue], top: int = 0) -> list[QueueMeasures]:
+        """The figures of these queues, with so many of the longest backlogs.
+
+        Raises:
+            redis.exceptions.RedisError: If Redis does not answer.
+        """
+        if not queues:
+            return []
+        workers = self._ledger.workers(queues)
+        return [self._read(queue, workers, top) for queue in queues]
+
+    def _read(
+        self, queue: AffinityQueue, workers: Sequence[WorkerRecord], top: int
+    ) -> QueueMeasures:
+        key, state = self._keys.queue, queue.state
+        stats = self._ledger.stats(queue)
+        leader = self._ledger.leader(queue)
+        with self._client.pipeline(transaction=True) as pipe:
+            pipe.time()
+            pipe.zrange(key(state, "ring"), 0, 0, withscores=True)
+            pipe.hmget(key(state, "conf"), "tag_concurrency", "mapped")
+            pipe.hgetall(key(state, "c"))
+            (seconds, micros), first, (concurrency, mapped), raw = pipe.execute()
+        counted = {name.decode(): int(float(value)) for name, value in raw.items()}
+        serving = [w for w in workers if queue.name in w.queues and not w.draining]
+        slots = sum(min(queue.slots or len(w.slots), len(w.slots)) for w in serving)
+        waits, total = [], 0
+        for bound in (*WAIT_BOUNDS_MS, None):
+            total += counted.get(f"wait:{bound or 'inf'}", 0)
+            waits.append((float("inf") if bound is None else bound / 1000, total))
+        alone = int(concurrency or 1) == 1 and mapped != b"1"
+        return QueueMeasures(
+            stats=stats,
+            totals={name: counted.get(name, 0) for name in COUNTERS},
+            stopped=stats.evacuated or stats.paused,
+            term=leader.term if leader else None,
+            leases=sum(slot.queue == queue.name for w in workers for slot in w.slots),
+            startable=stats.ready_tags if alone else self._room(queue, int(concurrency or 1)),
+            oldest_wait=max(0.0, seconds + (micros - first[0][1]) / 1e6) if first else 0.0,
+            workers=len(serving),
+            slots_a_worker=slots / len(serving) if serving else 0.0,
+            waits=tuple(waits),
+            waited=counted.get("wait:sum", 0) / 1000,
+            top=tuple(self._ledger.longest(queue, top)) if top else (),
+        )
+
+    def _room(self, queue: AffinityQueue, concurrency: int) -> int:
+        """Tasks that the ready tags could start: 200 tags are counted, the rest is estimated."""
+        key, state = self._keys.queue, queue.state
+        ready = self._client.zcard(key(state, "ring"))
+        tags = self._client.zrange(key(state, "ring"), 0, LOOK - 1)
+        if not tags:
+            return 0
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.hmget(key(state, "limits"), tags)
+            pipe.hmget(key(state, "held"), tags)
+            for tag in tags:
+                pipe.llen(self._keys.backlog(state, tag.decode("utf-8", "surrogateescape")))
+            limits, held, *lengths = pipe.execute()
+        found = sum(
+            max(0, min(length, int(limit or concurrency) - len((slots or b"").split())))
+            for limit, slots, length in zip(limits, held, lengths, strict=True)
+        )
+        total: int = ceil(found * max(ready, len(tags)) / len(tags))
+        return total
