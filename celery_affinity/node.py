@@ -19,6 +19,7 @@ from celery_affinity.delivery import Delivery
 from celery_affinity.gate import Gate
 from celery_affinity.keys import Keys
 from celery_affinity.namesake import Namesake
+from celery_affinity.node_info import slots_of
 from celery_affinity.pulse import Pulse
 from celery_affinity.reporter import Reporter
 from celery_affinity.request import requeue_unknown_tasks, strategy_for
@@ -272,11 +273,13 @@ class Node:
         self.reporter.register()
 
     def info(self) -> dict[str, Any]:
-        """For ``celery inspect stats``."""
+        """For ``celery inspect affinity``, ``celery inspect stats`` and Flower."""
+        names = {queue.state: queue.name for queue in self._settings.queues}
         return {
             "incarnation": self.incarnation,
             "queues": {queue.name: self.worker_queues[queue.name] for queue in self.serves},
-            "slots": self.slots,
+            "role": self._settings.role,
+            "slots": slots_of(self.reporter.held, self.slots, names),
             "slot_is_process": self.slots_are_processes,
             "held": self.reporter.held.names(),
         }

@@ -1,4 +1,4 @@
-"""Remote control of what a worker serves: `add_consumer` and `cancel_consumer` of affinity queues.
+"""Remote control: `add_consumer` and `cancel_consumer` of affinity queues, `inspect affinity`.
 
 To consume an affinity queue means to be a worker of it: to be registered for it and to consume the
 worker queue of one's own. So these commands, also from Flower, change what the node serves. What
@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from celery.worker.control import Panel, nok
+from celery.worker.control import Panel, inspect_command, nok
 
 from celery_affinity.settings import AffinityQueue
 from celery_affinity.topology import worker_queue_prefix
@@ -22,6 +22,17 @@ from celery_affinity.topology import worker_queue_prefix
 __all__ = ("refuse_in_replies", "steer")
 
 logger = logging.getLogger(__name__)
+
+
+@inspect_command()  # type: ignore[untyped-decorator]
+def affinity(state: Any, **_: Any) -> dict[str, Any]:
+    """This worker's slots with the tag and batch of each, and the affinity queues it serves."""
+    own = getattr(state.app, "celery_affinity", None)
+    if own is None:
+        return {"error": "found no Affinity(app) in this worker's app"}
+    if own.node is None:
+        return {"role": own.settings.role, "queues": {}, "slots": []}
+    return dict(own.node.info())
 
 
 def refuse_in_replies() -> None:

@@ -26,7 +26,7 @@ from celery.worker.request import create_request_cls
 from celery_affinity.batch_calls import EVENTS_HEADER, Mates, mates_of
 from celery_affinity.gate import REFUSED
 from celery_affinity.held import Held
-from celery_affinity.message import REVOKED_HEADER, STAMP_HEADER, Stamp
+from celery_affinity.message import REVOKED_HEADER, STAMP_HEADER, TAG_HEADER, Stamp
 
 __all__ = ("LedgerEnds", "requeue_unknown_tasks", "strategy_for")
 
@@ -128,6 +128,7 @@ class DispatchedRequest:
                 retries=self.request_dict.get("retries", 0),
                 eta=None,
                 expires=self.expires and self.expires.isoformat(),
+                **self._tag_field(),
             )
 
     def taken(self) -> None:
@@ -143,7 +144,11 @@ class DispatchedRequest:
         """Send an event, except of a later copy before its gate has opened."""
         if type == "task-started" and not self.first_copy:
             return
-        super().send_event(type, **fields)  # type: ignore[misc]
+        super().send_event(type, **fields, **self._tag_field())  # type: ignore[misc]
+
+    def _tag_field(self) -> dict[str, Any]:
+        """The tag as a field of events. All have it: a monitor may have missed the first ones."""
+        return {TAG_HEADER: self.request_dict.get(TAG_HEADER)}
 
     def on_success(self, result: tuple[Any, Any, Any], **kwargs: Any) -> None:
         """The tracer has returned: the task ended, or the gate refused this copy."""
@@ -159,7 +164,7 @@ class DispatchedRequest:
             return
         if not self.first_copy:
             self.announce_received()
-            super().send_event("task-started")  # type: ignore[misc]
+            super().send_event("task-started", **self._tag_field())  # type: ignore[misc]
         try:
             super().on_success(result, **kwargs)  # type: ignore[misc]
             self._tell_of_mates(mates_of(retval))
