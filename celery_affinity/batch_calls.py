@@ -187,7 +187,11 @@ class Call:
         except Exception as error:
             retried = bool(mate.run.retry_messages)
             mate.outcome, mate.words = outcome_of_error(error, retried=retried)
-            logger.exception("Task %s ended with an error outside of it.", request["id"])
+            logger.exception(
+                "Task %s ended with an error outside of it.",
+                request["id"],
+                extra={"action": "task_error", "task_id": request["id"]},
+            )
         finally:
             context.leave(here)
 

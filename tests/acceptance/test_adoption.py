@@ -11,6 +11,7 @@ import pytest
 from celery import Celery
 from redis import Redis
 
+from acceptance.apps.affinity_app import release_held
 from acceptance.support import APP, LEAN, QUICK, Producer, runs, wait_for_nodes
 from celery_affinity.embedded import Server
 from harness import Cluster, wait_for_ends, wait_until
@@ -128,14 +129,18 @@ def test_an_evacuated_app_runs_on_under_plain_celery_and_can_come_back(
 ) -> None:
     worker = cluster.worker(APP, "new", queues="jobs", concurrency=2, environ=QUICK, extra=LEAN)
     wait_for_nodes(producer.affinity, 1)
-    producer.send_each(["hot", "hotter"], ms=8000)  # for as long as the command needs to start
+    for tag in ("hot", "hotter"):
+        producer.send(tag, task="hold")
     wait_until(lambda: len(runs(history_path)) == 2, what="running tasks")
     producer.send_each(TAGS, 30)
     for number in range(20):
         producer.send(f"later-{number}", countdown=12)
     wait_until(lambda: producer.affinity.stats("jobs").pending == 0, what="the admission")
 
-    answer = json.loads(operate(cluster, "evacuate", "jobs", "--yes", "--json"))
+    with operating(cluster, "evacuate", "jobs", "--yes", "--json") as command:
+        wait_until(lambda: producer.affinity.stats("jobs").evacuated, 60, "the stop of the queue")
+        release_held()
+        answer = json.loads(command.communicate(timeout=60)[0])
 
     assert answer["done"] and answer["moved"] == producer.sent - 2 >= 500
     stats = producer.affinity.stats("jobs")
@@ -160,10 +165,17 @@ def test_an_evacuated_app_runs_on_under_plain_celery_and_can_come_back(
     assert {run.worker for run in runs(history_path)[-len(TAGS):]} == {"again@test"}
 
 
+def operating(cluster: Cluster, *command: str) -> subprocess.Popen[str]:
+    """Run ``celery affinity ...``."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "celery", "-A", APP, "affinity", *command],
+        env=cluster.environ, cwd=cluster.directory, text=True, stdout=subprocess.PIPE,
+    )
+
+
 def operate(cluster: Cluster, *command: str) -> str:
     """Run ``celery affinity ...``; what it printed."""
-    return subprocess.run(
-        [sys.executable, "-m", "celery", "-A", APP, "affinity", *command],
-        env=cluster.environ, cwd=cluster.directory, timeout=90, check=True, text=True,
-        stdout=subprocess.PIPE,
-    ).stdout
+    with operating(cluster, *command) as process:
+        printed = process.communicate(timeout=90)[0]
+    assert process.returncode == 0
+    return printed

@@ -19,7 +19,7 @@ from celery import Celery, chain, chord, group, states
 from celery.exceptions import TaskRevokedError, TimeLimitExceeded, WorkerLostError
 from celery.result import AsyncResult
 
-from acceptance.apps.affinity_app import make_app
+from acceptance.apps.affinity_app import make_app, release_held
 from acceptance.apps.semantics import Order, Tenant, notes
 from acceptance.support import LEAN, QUICK
 from celery_affinity import Affinity, AffinityQueue, BuriedError
@@ -401,7 +401,7 @@ def test_what_is_revoked_while_it_waits_never_runs(
     tagged: Twins, worker: Node, shared_server: Server
 ) -> None:
     tag = tagged.tag()
-    tagged.nap.delay(4, tag=tag)
+    tagged.app.tasks["jobs.hold"].delay(tag, 0)
     dispatched, *waiting = (tagged.add.delay(n, tag=tag) for n in range(5))
     scheduled = tagged.add.apply_async((1,), {"tag": tag}, countdown=3)
     last = tagged.add.delay(99, tag=tag)
@@ -412,6 +412,7 @@ def test_what_is_revoked_while_it_waits_never_runs(
     tagged.app.control.revoke([one.id for one in by_list])
     tagged.app.control.terminate(scheduled.id)
     from_another_process(shared_server, "control", "revoke", by_command.id)
+    release_held()
 
     assert last.get(timeout=20) == 99
     revoked = [dispatched, *waiting, scheduled]

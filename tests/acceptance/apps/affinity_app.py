@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from billiard.process import current_process
@@ -19,7 +20,8 @@ from celery import Celery, Task
 from celery.exceptions import Retry
 
 from celery_affinity import Affinity, AffinityQueue, affinity_task, current
-from history import record
+from harness import wait_until
+from history import HISTORY_VARIABLE, record
 
 
 def make_app(broker_url: str | None = None, **settings: Any) -> tuple[Celery, Affinity]:
@@ -73,6 +75,19 @@ def work(self: Task, tag: str, seq: int, ms: float = 0) -> int:
     """Take a while."""
     with recorded(self, tag, seq):
         time.sleep(ms / 1000)
+    return seq
+
+
+def release_held() -> None:
+    """Let all tasks `hold` of this history end, those that come later too."""
+    Path(os.environ[HISTORY_VARIABLE] + ".go").touch()
+
+
+@affinity_task(queue="jobs", tag_from="tag", bind=True, name="jobs.hold")
+def hold(self: Task, tag: str, seq: int, ms: float = 0) -> int:
+    """Run until `release_held`."""
+    with recorded(self, tag, seq):
+        wait_until(Path(os.environ[HISTORY_VARIABLE] + ".go").exists, 90, "the release")
     return seq
 
 
