@@ -113,9 +113,11 @@ class SlotPool(ResizablePool):
             stock_put_back(job)
             stamp = getattr(job, "affinity_stamp", None)
             if stamp is not None and self.outbound_buffer and self.outbound_buffer[0] is job:
-                self.slot_buffers.setdefault(stamp.slot, deque()).appendleft(
-                    self.outbound_buffer.popleft()
-                )
+                self.outbound_buffer.popleft()
+                waiting = self.slot_buffers.setdefault(stamp.slot, deque())
+                # A process that is gone is met more than once, by a write and by the timer.
+                if job not in waiting:
+                    waiting.appendleft(job)
 
         self._quick_put = put
         self._put_back = put_back
@@ -131,7 +133,9 @@ class SlotPool(ResizablePool):
                 return
             self.grow(slot + 1 - self.target)
         while waiting and (waiting[0]._accepted or _is_revoked(waiting[0])):
-            waiting.popleft().discard()
+            job = waiting.popleft()
+            if not job._accepted:  # else a process has it, whose answer has to find it
+                job.discard()
         if not waiting:
             return
         proc = next((p for p in self._pool if p.index == slot), None)

@@ -71,3 +71,16 @@ def test_at_a_stop_every_job_in_a_pipe_is_kept(pool: Any, monkeypatch: pytest.Mo
     Job(pool._cache, written=False, stamped=False)
     pool.flush()
     assert list(pool._cache.values()) == [job]
+
+
+def test_a_waiting_job_that_a_process_has_got_meanwhile_is_dropped_and_its_answer_counts(
+    pool: Any,
+) -> None:
+    """A job that was put back twice (its process was met twice as gone) waits twice."""
+    job = Job(pool._cache, written=True, stamped=True)
+    job._accepted = True
+    pool.target, pool.most, pool._pool = 1, None, []
+    pool.slot_buffers[0] = deque([job])
+    pool._feed(0)
+    assert not pool.slot_buffers[0]
+    assert list(pool._cache.values()) == [job]
