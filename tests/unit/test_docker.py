@@ -1,6 +1,6 @@
 """Laws of docker/: the fields that matter are there, and files that name each other agree.
 
-That the commands work is tests/acceptance/test_docker.py's; that hadolint and the compose schema
+That the commands work is tests/acceptance/test_containers.py's; that hadolint and the compose schema
 agree is `make check`'s.
 """
 

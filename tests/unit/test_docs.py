@@ -122,11 +122,11 @@ def refusals() -> Iterator[tuple[str, str]]:
             name = getattr(node.exc.func, "id", getattr(node.exc.func, "attr", ""))
             if name in ours or (path.name, name) in (("settings.py", "ValueError"), ("task.py", "TypeError")):
                 pieces = [
-                    re.sub(r"^\W+(?=\s)", "", part.value).split() for part in ast.walk(node.exc.args[0])
+                    re.sub(r"^(?:s\))?\W+(?=\s)", "", part.value).split() for part in ast.walk(node.exc.args[0])
                     if isinstance(part, ast.Constant) and isinstance(part.value, str)
                 ]
                 if said := next((words for words in pieces if len(words) >= 3), None):
-                    yield f"{path.name}:{node.lineno}", " ".join(said[:5]).strip(" :;,.(")
+                    yield f"{path.name}:{node.lineno}", " ".join(said[:4]).strip(" :;,.(")
 
 
 def test_each_refusal_is_on_the_page_of_errors() -> None:
