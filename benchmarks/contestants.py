@@ -17,7 +17,7 @@ from celery import Celery
 from redis import Redis
 
 from benchmarks.records import now_ns, write
-from celery_affinity import Affinity, AffinityQueue, affinity_task, current
+from celery_affinity import Affinity, AffinityQueue, BatchRequest, affinity_task, current
 
 __all__ = ("KEPT_TAGS", "QUEUE", "TASK", "app")
 
@@ -69,6 +69,17 @@ if CONTESTANT == "affinity":
     @affinity_task(queue=QUEUE, tag_from="tag", name=TASK)
     def work(tag: str, seq: int, seconds: float = 0, setup: float = 0) -> None:
         _body(tag, seq, seconds, setup)
+
+elif CONTESTANT == "batch":
+    affinity = Affinity(app, queues=[AffinityQueue(QUEUE, max_batch_size=100)])
+
+    def _tag_of(tag: str, seq: int, seconds: float = 0, setup: float = 0) -> str:
+        return tag
+
+    @affinity_task(queue=QUEUE, tag_from=_tag_of, batch=True, name=TASK)
+    def work(requests: list[BatchRequest]) -> None:
+        for request in requests:
+            _body(*request.args)
 
 elif CONTESTANT == "lock":
 

@@ -37,8 +37,8 @@ _TWO, _FOUR = Pool(2, 1), Pool(1, 4)
 _THREADS, _GREENLETS = Pool(1, 4, "threads"), Pool(1, 20, "gevent")
 #: Sleeping tasks vary less and take longer, so there are fewer of them.
 CASES = (
-    Case("no-op", _TWO, 0, 2000, _ALL),
-    Case("no-op", _FOUR, 0, 2000, _ALL),
+    Case("no-op", _TWO, 0, 6000, (*_ALL, "batch")),
+    Case("no-op", _FOUR, 0, 6000, (*_ALL, "batch")),
     Case("no-op", _THREADS, 0, 1200),
     Case("no-op", _GREENLETS, 0, 1200),
     Case("1 ms", _TWO, 0.001, 1000, _ALL),
@@ -52,7 +52,7 @@ CASES = (
 )
 QUICK_CASES = (
     Case("no-op", _TWO, 0, 600, _ALL),
-    Case("no-op", _FOUR, 0, 600),
+    Case("no-op", _FOUR, 0, 600, (*_CELERY, "batch")),
     Case("1 ms", _THREADS, 0.001, 300),
     Case("10 ms", _GREENLETS, 0.01, 200),
 )
@@ -146,6 +146,22 @@ def _text(results: dict[Case, dict[str, list[Found]]]) -> str:
             for case in results
         ],
     )
+    batches = table(
+        ("task", "workers", "tasks/s in batches", "against plain Celery", "against single tasks"),
+        [
+            (
+                case.name,
+                case.pool,
+                f"{median(of(runs['batch'], 'rate')):,.0f}",
+                *(
+                    spread(ratios(of(runs["batch"], "rate"), of(runs[other], "rate")))
+                    for other in ("plain", "affinity")
+                ),
+            )
+            for case, runs in results.items()
+            if "batch" in runs
+        ],
+    )
     pairs = len(next(iter(results.values()))["affinity"])
     return (
         "Affinity's tasks a second, and its ratio to each other contestant: median (least - most) "
@@ -154,6 +170,8 @@ def _text(results: dict[Case, dict[str, list[Found]]]) -> str:
         "writes 48 bytes to a file (and sleeps). The rate is that between 10 % and 90 % of the "
         "tasks. Hashing has a `-c 1` worker for each process that the others have; a lock that is "
         f"not got is tried again after 1 s.\n\n{rates}\n\n"
+        "The same work by a batch task (`batch=True`), at most 100 entries a call.\n\n"
+        f"{batches}\n\n"
         "What one task costs, affinity / plain Celery. Redis over the whole run, its commands "
         f"inside of scripts counted; CPU between 10 % and 90 %.\n\n{spent}"
     )

@@ -1,11 +1,13 @@
 """Sticky affinity routing for Celery: a tag has one worker at a time, in order, in batches."""
 
 from celery_affinity.app import Affinity
+from celery_affinity.batches import BatchRequest
 from celery_affinity.context import AffinityContext, current
 from celery_affinity.events import tag_acquired, tag_released
 from celery_affinity.exceptions import (
     AffinityError,
     AmbiguousQueueError,
+    BatchResultError,
     BuriedError,
     ConfigurationError,
     MissingTagError,
@@ -48,6 +50,7 @@ __all__ = (
     "AffinitySettings",
     # tasks
     "AffinityContext",
+    "BatchRequest",
     "affinity_task",
     "current",
     "tag_acquired",
@@ -71,6 +74,7 @@ __all__ = (
     # errors
     "AffinityError",
     "AmbiguousQueueError",
+    "BatchResultError",
     "BuriedError",
     "ConfigurationError",
     "MissingTagError",

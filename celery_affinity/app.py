@@ -148,10 +148,11 @@ class Affinity(Looking, Operations, DeadLetterCalls):
         *,
         queue: Any = None,
         tag_from: TagFrom | None = None,
+        batch: bool = False,
         **options: Any,
     ) -> Any:
         """Declare an affinity task of this app; see `affinity_task`."""
-        return declare(self.app.task, fun, tag_from, queue, options)
+        return declare(self.app.task, fun, tag_from, queue, batch, options)
 
     def _note_revoked(self, ids: list[str]) -> None:
         if self.settings.queues and not self.app.conf.task_always_eager:

@@ -106,6 +106,23 @@ class BuriedError(AffinityError):
     """The result of a task that went to the dead letters, with the reason."""
 
 
+class BatchResultError(AffinityError, TypeError):
+    """A batch task's function returned something else than a result for each of its requests."""
+
+    def __init__(self, task: str, found: str, expected: int) -> None:
+        # What it was made of, so that it comes unharmed through a result backend.
+        super().__init__(task, found, expected)
+
+    def __str__(self) -> str:
+        """What was found and what to do."""
+        task, found, expected = self.args
+        return (
+            f"batch task {task!r} returned {found}, expected a list of {expected}, a result for "
+            "each request in their order (an exception fails its entry, request.retry(...) "
+            "retries it), or None if none has one"
+        )
+
+
 class OwnTagWaitError(AffinityError, RuntimeError):
     """A task waits for one of its own tag, which can start only when it has ended.
 

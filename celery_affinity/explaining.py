@@ -125,12 +125,13 @@ class Explainer:
                     "e1",
                     "k1",
                     "began",
+                    "b",
                 )
             found = pipe.execute()
         entries = [int(values[3]) for values in found[1::2] if values[3]]
         headers = self._ledger.message_headers(self._queue, entries)
         holds = []
-        for slot, name, (holds_tag, epoch, n, e1, k1, began) in zip(
+        for slot, name, (holds_tag, epoch, n, e1, k1, began, mates) in zip(
             slots, found[::2], found[1::2], strict=True
         ):
             if _text(holds_tag) != tag:
@@ -147,6 +148,7 @@ class Explainer:
                     task=str(about.get("task", "")),
                     task_id=str(about.get("id", "")),
                     running_seconds=max(0.0, (now - int(began)) / 1000) if k1 and began else None,
+                    mates=tuple(int(mate) for mate in _text(mates).split()),
                 )
             )
         return holds
@@ -236,7 +238,7 @@ class Explainer:
         tag = self.tag(text)
         common: dict[str, Any] = {"entry": entry, "task": str(about.get("task", "")), "tag": tag}
         for hold in tag.holds:
-            if hold.entry == entry:
+            if entry in (hold.entry, *hold.mates):
                 state = "dispatched" if hold.running_seconds is None else "running"
                 return TaskExplanation(self._queue.name, task_id, state, **common)  # type: ignore[arg-type]
         key, state = self._keys.queue, self._queue.state

@@ -31,14 +31,11 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from itertools import count
-from traceback import format_exc
 from typing import Any
 from uuid import uuid4
 
-from celery.exceptions import Reject, SoftTimeLimitExceeded
-from celery.states import FAILURE
+from celery.exceptions import SoftTimeLimitExceeded
 from redis.exceptions import RedisError
 
 from celery_affinity import context
@@ -46,44 +43,19 @@ from celery_affinity.connection import Reachability
 from celery_affinity.context import AffinityContext
 from celery_affinity.events import tag_acquired, tag_released
 from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp, tag_text
+from celery_affinity.outcomes import is_of_greenlets, outcome_of, outcome_of_error
+from celery_affinity.running import BatchCall, BatchTask, Run, Tracer, running
 from celery_affinity.scripts import Scripts
 from celery_affinity.starts import Starts
 from celery_affinity.tracing import spans_around
 from celery_affinity.watchdog import seconds
 
-__all__ = ("REFUSED", "Gate", "Run", "Tracer", "current_run")
+__all__ = ("REFUSED", "Gate")
 
 logger = logging.getLogger(__name__)
 
 #: What the tracer "returns" for a refused copy; the parent then drops the request without a word.
 REFUSED = "celery_affinity: refused copy"
-
-#: The end of a failed task's traceback that its dead letter keeps.
-TRACEBACK_CHARACTERS = 8000
-
-Tracer = Callable[..., Any]
-
-
-class Run:
-    """A dispatched message that passed the gate and runs now."""
-
-    def __init__(self, stamp: Stamp, task_id: str, retries: int, token: str) -> None:
-        self.stamp = stamp
-        self.task_id = task_id
-        self.retries = retries
-        self.token = token
-        #: Messages of its own retries with their due time in ms: settled with it, not published.
-        self.retry_messages: list[tuple[str, int | None]] = []
-        #: Tasks that it sent and that can start only when it has ended; see waiting.py.
-        self.own_tag_ids: set[str] = set()
-
-
-_run: ContextVar[Run | None] = ContextVar("celery_affinity_run", default=None)
-
-
-def current_run() -> Run | None:
-    """The run that the calling code is part of, or None."""
-    return _run.get()
 
 
 class Gate:
@@ -167,8 +139,8 @@ class Gate:
         for slot in list(self._held):
             self._release(slot, "drained")
 
-    def around(self, tracer: Tracer) -> Tracer:
-        """The tracer behind this gate."""
+    def around(self, tracer: Tracer, batch: BatchTask | None = None) -> Tracer:
+        """The tracer behind this gate. Of a batch task, one start may be followed by several."""
         tracer = spans_around(tracer)
 
         def gated(uuid: str, args: Any, kwargs: Any, request: Any = None) -> Any:
@@ -178,7 +150,7 @@ class Gate:
             inside = object()
             self._inside.add(inside)
             try:
-                return self._dispatched_task(stamp, tracer, uuid, args, kwargs, request)
+                return self._dispatched_task(stamp, batch, tracer, uuid, args, kwargs, request)
             finally:
                 self._inside.discard(inside)
 
@@ -200,10 +172,24 @@ class Gate:
             self._patiently(lambda: self._scripts.vacate(self._incarnation, token))
 
     def _dispatched_task(
-        self, stamp: Stamp, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Any
+        self,
+        stamp: Stamp,
+        batch: BatchTask | None,
+        tracer: Tracer,
+        uuid: str,
+        args: Any,
+        kwargs: Any,
+        request: Any,
     ) -> Any:
         self._announce()
         answer, token = self._starts.begin(stamp, self._patiently)
+        run = Run(stamp, uuid, request.get("retries") or 0, token)
+        call = None
+        if answer == 1 and batch is not None and stamp.attempt == 1:
+            answer, found = self._starts.join(
+                stamp, token, batch.name, batch.most_bytes, self._patiently
+            )
+            call = batch.call(run, request, found) if found else None
         if answer != 1:
             self._briefly(lambda: self._scripts.refused(stamp.state))
             logger.debug(
@@ -213,7 +199,6 @@ class Gate:
                 extra={"action": "refuse", "task_id": uuid, "code": answer},
             )
             return self._refusal(REFUSED)
-        run = Run(stamp, uuid, request.get("retries") or 0, token)
         tag = tag_text(request.get(TAG_HEADER))
         queue = self._queue_names.get(stamp.state, stamp.state)
         self._acquire(stamp, queue, tag)
@@ -229,7 +214,6 @@ class Gate:
                 int(stamp.entry),
             )
         )
-        running = _run.set(run)
         outcome = "done"
         failure: tuple[bytes, ...] = ()
         self._began[run.token] = seconds()
@@ -242,27 +226,21 @@ class Gate:
                     extra={"action": "settle_stored", "task_id": uuid},
                 )
                 return self._refusal(stored)
-            answer = tracer(uuid, args, kwargs, request)
-            if _asks_for_requeue(getattr(answer, "retval", None)):
-                outcome = "again"
-            elif failure := _failure_of(answer):
-                outcome = "failed"
+            with running(run):
+                answer = (call.trace if call else _traced)(tracer, uuid, args, kwargs, request)
+            outcome, failure = outcome_of(answer)
             return answer
         except BaseException as error:
-            if _asks_for_requeue(error):
-                outcome = "again"
-            elif not isinstance(error, Exception):
+            if isinstance(error, Exception):
+                outcome, failure = outcome_of_error(error, retried=bool(run.retry_messages))
+            else:
                 outcome = ""
-                self._process_stops(stamp, told=_is_of_greenlets(error))
-            elif not isinstance(error, Reject) and not run.retry_messages:
-                # Celery could not store the result. It takes that for the task's failure.
-                outcome, failure = "failed", _reason_and_traceback(error, format_exc())
+                self._process_stops(stamp, told=is_of_greenlets(error))
             raise
         finally:
             del self._began[run.token]
-            _run.reset(running)
             if outcome:
-                self._settle(run, queue, tag, outcome, failure)
+                self._settle(run, queue, tag, outcome, failure, call)
             context.leave(here)
 
     def _process_stops(self, stamp: Stamp, told: bool) -> None:
@@ -279,31 +257,29 @@ class Gate:
             self._release(stamp.slot, "lost")
 
     def _settle(
-        self, run: Run, queue: str, tag: str, outcome: str, failure: tuple[bytes, ...]
+        self,
+        run: Run,
+        queue: str,
+        tag: str,
+        outcome: str,
+        failure: tuple[bytes, ...],
+        call: BatchCall | None,
     ) -> None:
         stamp = run.stamp
-        retries = [
-            part
-            for message, eta in run.retry_messages
-            for part in (message, "" if eta is None else eta)
-        ]
-        proposal = "" if failure or retries else self._starts.proposal()
-        asked = seconds()
-        answer = self._patiently(
-            lambda: self._scripts.settle(
-                stamp.incarnation,
-                stamp.slot,
-                stamp.entry,
-                stamp.epoch,
-                run.token,
-                outcome,
-                *failure,
-                *retries,
-                grant=proposal,
-                least_ms=self._starts.least_ms,
+        mine = (stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, run.token)
+        if call:
+            ends = call.ends(run, outcome, failure)
+            answer = self._patiently(lambda: self._scripts.settle_batch(*mine, ends))
+        else:
+            words = (*failure, *run.retry_words())
+            proposal = "" if words else self._starts.proposal()
+            asked = seconds()
+            answer = self._patiently(
+                lambda: self._scripts.settle(
+                    *mine, outcome, *words, grant=proposal, least_ms=self._starts.least_ms
+                )
             )
-        )
-        answer = self._starts.settled(stamp, answer, proposal, asked)
+            answer = self._starts.settled(stamp, answer, proposal, asked)
         if answer == "stale":
             logger.warning(
                 "Task %s ended after its lease on tag %r was taken away; it runs again elsewhere.",
@@ -357,36 +333,8 @@ class Gate:
         return True
 
 
-def _is_of_greenlets(error: BaseException) -> bool:
-    """Whether it is a timeout of greenlets: a hard time limit, or one that the task let out."""
-    modules = ("gevent.timeout", "eventlet.timeout")
-    return any(kind.__module__ in modules for kind in type(error).__mro__)
-
-
-def _asks_for_requeue(result: Any) -> bool:
-    """Whether it is ``Reject(requeue=True)``: the tracer returns it, or raises it from a hook."""
-    error = getattr(result, "exception", result)
-    error = getattr(error, "exc", error)
-    return isinstance(error, Reject) and bool(getattr(error, "requeue", False))
-
-
-def _failure_of(answer: Any) -> tuple[bytes, ...]:
-    """Reason and traceback, if the tracer says that the task has failed for good."""
-    info = getattr(answer, "info", None)
-    if info is None or getattr(info, "state", None) != FAILURE:
-        return ()
-    return _reason_and_traceback(info.retval, str(getattr(answer.retval, "traceback", "") or ""))
-
-
-def _reason_and_traceback(error: Any, traceback: str) -> tuple[bytes, ...]:
-    try:
-        reason = f"{type(error).__name__}: {error}"
-    except Exception:  # an error that cannot even be printed
-        reason = type(error).__name__
-    return (
-        reason[:1000].encode("utf-8", "replace"),
-        traceback[-TRACEBACK_CHARACTERS:].encode("utf-8", "replace"),
-    )
+def _traced(tracer: Tracer, *arguments: Any) -> Any:
+    return tracer(*arguments)
 
 
 def _started_at() -> str:

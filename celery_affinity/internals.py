@@ -27,10 +27,12 @@ from celery import states
 from celery.app.trace import TraceInfo, report_internal_error, trace_ok_t
 from celery.exceptions import Reject
 
+from celery_affinity.batch_calls import BatchTask
 from celery_affinity.context import current
 from celery_affinity.exceptions import ConfigurationError
-from celery_affinity.gate import Gate, Run, Tracer, current_run
+from celery_affinity.gate import Gate
 from celery_affinity.message import STAMP_HEADER, TAG_HEADER, due_ms, envelope
+from celery_affinity.running import Run, Tracer, current_run
 
 __all__ = (
     "call_before_cold_stop",
@@ -59,7 +61,8 @@ def wrap_tracers(tasks: Iterable[Any], gate: Gate) -> None:
                 "is not known to celery_affinity; install celery>=5.4,<6"
             )
         if not getattr(tracer, "celery_affinity_gate", None):
-            gated = gate.around(tracer)
+            batch = BatchTask(task) if getattr(task, "affinity_batch", False) else None
+            gated = gate.around(tracer, batch)
             if gate.in_process:
                 gated = _contained(task, gated)
             gated.celery_affinity_gate = gate  # type: ignore[attr-defined]

@@ -33,7 +33,7 @@ LET_THROUGH = frozenset(
             "resolve",
         ),
         *("register", "serve", "heartbeat", "drain", "leave", "process_up", "occupy", "vacate"),
-        *("start", "refused", "settle", "discard", "lost", "finish"),
+        *("start", "refused", "take", "settle", "settle_batch", "discard", "lost", "finish"),
     )
 )
 

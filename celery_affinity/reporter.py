@@ -165,13 +165,14 @@ class Reporter:
         # Untold, or no longer this node's: the ledger has it still, and it comes again somewhere.
         return bool(answer == 1 if verdict == "unknown" else answer != 0)
 
-    def finish(self, stamp: Stamp, outcome: str = "") -> None:
-        """A running task was ended; its process is being stopped."""
-        self._tell(
+    def finish(self, stamp: Stamp, outcome: str = "") -> bool:
+        """A running task was ended; its process is being stopped. False if it runs again."""
+        answer = self._tell(
             lambda: self._scripts.finish(
                 stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, outcome
             )
         )
+        return bool(answer != 2)
 
     def process_lost(self, stamp: Stamp) -> str:
         """What becomes of a task whose process is gone."""

@@ -23,6 +23,7 @@ from celery.utils.imports import symbol_by_name
 from celery.worker import state as worker_state
 from celery.worker.request import create_request_cls
 
+from celery_affinity.batch_calls import EVENTS_HEADER, Mates, mates_of
 from celery_affinity.gate import REFUSED
 from celery_affinity.held import Held
 from celery_affinity.message import REVOKED_HEADER, STAMP_HEADER, TAG_HEADER, Stamp
@@ -42,8 +43,10 @@ class LedgerEnds(Protocol):
         ("unknown"), or had been started before ("bury").
         """
 
-    def finish(self, stamp: Stamp, outcome: str = "") -> None:
-        """It was ended while it ran; its process is being stopped. Outcome: "failed" or ""."""
+    def finish(self, stamp: Stamp, outcome: str = "") -> bool:
+        """It was ended while it ran; its process is being stopped. Outcome: "failed" or "".
+        False if it runs again: it had shared its call with others (batch tasks).
+        """
 
     def process_lost(self, stamp: Stamp) -> str:
         """Its process is gone: settled, requeued or buried."""
@@ -82,6 +85,9 @@ class DispatchedRequest:
         super().__init__(message, **quiet)  # type: ignore[call-arg]
         self._check_payload()
         self._eta = None  # it was due when it was dispatched
+        self._runs_again = False
+        if self._tells():
+            self.request_dict[EVENTS_HEADER] = True
         held = self.affinity_ends.held
         self.announced = held.was_refused(stamp)
         held.arrived(stamp, self)
@@ -95,6 +101,10 @@ class DispatchedRequest:
             raise InvalidTaskError(f"kwargs are {kwargs!r:.80}, expected an object: not a mapping")
         if not isinstance(embed, (dict, type(None))):
             raise InvalidTaskError(f"embed is {embed!r:.80}, expected an object")
+
+    def _tells(self) -> bool:
+        """Whether somebody listens to this worker's events."""
+        return bool(self._eventer and self._eventer.enabled and self.task.send_events)
 
     @property
     def first_copy(self) -> bool:
@@ -157,8 +167,19 @@ class DispatchedRequest:
             super().send_event("task-started", **self._tag_field())  # type: ignore[misc]
         try:
             super().on_success(result, **kwargs)  # type: ignore[misc]
+            self._tell_of_mates(mates_of(retval))
         finally:
             self._ended()
+
+    def _tell_of_mates(self, mates: Mates | None) -> None:
+        """Count those that shared the call of a batch task, and send their events."""
+        if mates is None:
+            return
+        worker_state.total_count.update({self.name: mates.count})
+        worker_state.all_total_count[0] += mates.count
+        for kind, fields in mates.events:
+            if self._eventer and self._eventer.enabled:
+                self._eventer.send(kind, **fields)
 
     def on_failure(
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
@@ -166,6 +187,8 @@ class DispatchedRequest:
         """It failed, or its process is gone: then the ledger says whether it runs again."""
         error = exc_info.exception
         error = getattr(error, "exc", error)
+        if isinstance(error, TimeLimitExceeded) and not return_ok and self._is_shared_timeout():
+            return
         lost = isinstance(error, (WorkerLostError, SystemExit)) or self._died_for_another(error)
         if lost and not return_ok:
             verdict = self.affinity_ends.process_lost(self.affinity_stamp)
@@ -214,10 +237,29 @@ class DispatchedRequest:
         reason = f"{type(error).__name__}: {error}"[:1000]
         return self.affinity_ends.discard(self.affinity_stamp, "bury", reason)
 
+    def _is_shared_timeout(self) -> bool:
+        """Whether its time was over in a call that it shared: then it runs again, on its own."""
+        if not getattr(self.task, "affinity_batch", False):
+            return False
+        if not self._runs_again and not self.affinity_ends.finish(self.affinity_stamp, "failed"):
+            self._runs_again = True
+            logger.warning(
+                "A call of batch task %s was over its time limit; its tasks run again one by one.",
+                self.name,
+                extra={"action": "batch_timeout", "task_id": self.id},
+            )
+            self._stops()
+            if self.affinity_in_process:
+                self.affinity_ends.process_lost(self.affinity_stamp)
+            self._vanish()
+        return self._runs_again
+
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """A time limit is over; past the hard one the process is killed."""
         if soft:
             super().on_timeout(soft, timeout)  # type: ignore[misc]
+            return
+        if self._is_shared_timeout():
             return
         self.affinity_ends.finish(self.affinity_stamp, "failed")
         self._stops()

@@ -17,7 +17,7 @@ from celery_affinity.lua_text import LET_THROUGH, source, source_although_full
 __all__ = ("SCHEMA_VERSION", "Scripts")
 
 #: Version of the layout of the ledger. Nodes of another version refuse to touch it.
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 
 def _text(value: Any) -> str:
@@ -390,6 +390,36 @@ class Scripts:
         """Give back a start that was granted and not used."""
         return bool(self._call("decline", incarnation, slot, entry, epoch, token))
 
+    def take(
+        self,
+        incarnation: str,
+        slot: int,
+        entry: str,
+        epoch: str,
+        token: str,
+        least_ms: int,
+        task: str,
+        most_bytes: int,
+    ) -> tuple[int, list[tuple[str, bytes]]]:
+        """What joins a started batch task, as (entry, message); see take.lua."""
+        code, *found = self._call(
+            "take", incarnation, slot, entry, epoch, token, least_ms, task, most_bytes
+        )
+        return int(code), [(_text(e), raw) for e, raw in zip(found[::2], found[1::2], strict=True)]
+
+    def settle_batch(
+        self,
+        incarnation: str,
+        slot: int,
+        entry: str,
+        epoch: str,
+        token: str,
+        ends: Sequence[tuple[str, str, Sequence[object]]],
+    ) -> str:
+        """End all entries of a call: (entry, outcome, more words) of each; see settle_batch.lua."""
+        words = [word for one, outcome, rest in ends for word in (one, outcome, len(rest), *rest)]
+        return _text(self._call("settle_batch", incarnation, slot, entry, epoch, token, *words))
+
     def discard(
         self,
         incarnation: str,
@@ -411,11 +441,9 @@ class Scripts:
         """What becomes of a task whose process is gone: settled, requeued or buried."""
         return _text(self._call("lost", incarnation, slot, entry, epoch, state))
 
-    def finish(
-        self, incarnation: str, slot: int, entry: str, epoch: str, outcome: str = ""
-    ) -> bool:
-        """Note that the parent ended a running task, whose process still has to stop."""
-        return bool(self._call("finish", incarnation, slot, entry, epoch, outcome))
+    def finish(self, incarnation: str, slot: int, entry: str, epoch: str, outcome: str = "") -> int:
+        """Note that the parent ended a running task, whose process still has to stop; its code."""
+        return int(self._call("finish", incarnation, slot, entry, epoch, outcome))
 
     def process_up(self, incarnation: str, slot: int) -> bool:
         """A slot has a new process."""

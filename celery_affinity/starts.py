@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from celery_affinity.message import Stamp
 from celery_affinity.scripts import Scripts
@@ -40,6 +40,7 @@ HEARTBEAT_LATE = -5
 GRANTED = "?"
 
 Caller = Callable[[Callable[[], Any]], Any]
+_Found = TypeVar("_Found")
 
 
 @dataclass
@@ -96,24 +97,35 @@ class Starts:
             return 1, grant.token
         return self._ask(stamp, grant.token, patiently), grant.token
 
+    def join(
+        self, stamp: Stamp, token: str, task: str, most_bytes: int, patiently: Caller
+    ) -> tuple[int, Sequence[tuple[str, bytes]]]:
+        """What waits behind a started batch task and joins it (take.lua), with a code as a start's.
+
+        A granted start has begun with this at the latest: the ledger takes it for running.
+        """
+        fence = stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, token
+        return self._trusted(
+            lambda: self._scripts.take(*fence, self.least_ms, task, most_bytes), patiently
+        )
+
     def _ask(self, stamp: Stamp, token: str, patiently: Caller) -> int:
+        fence = stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch
+        return self._trusted(
+            lambda: (self._scripts.start(*fence, stamp.send, token, self.least_ms), ()), patiently
+        )[0]
+
+    def _trusted(
+        self, ask: Callable[[], tuple[int, _Found]], patiently: Caller
+    ) -> tuple[int, _Found]:
+        """What the ledger answers, asked again while that is too old or the heartbeat too late."""
         while True:
             asked = seconds()
-            answer: int = patiently(
-                lambda: self._scripts.start(
-                    stamp.incarnation,
-                    stamp.slot,
-                    stamp.entry,
-                    stamp.epoch,
-                    stamp.send,
-                    token,
-                    self.least_ms,
-                )
-            )
-            if answer == HEARTBEAT_LATE:
+            code, found = patiently(ask)
+            if code == HEARTBEAT_LATE:
                 time.sleep(0.05)
-            elif answer != 1 or seconds() - asked < self._trust_seconds:
-                return answer
+            elif code != 1 or seconds() - asked < self._trust_seconds:
+                return code, found
 
     def proposal(self) -> str:
         """A token for the start that a settle may grant; "" if it may not."""

@@ -10,6 +10,7 @@ from celery import shared_task
 from celery.utils import uuid
 
 from celery_affinity import context
+from celery_affinity.batches import batch_body
 from celery_affinity.context import AffinityContext
 from celery_affinity.exceptions import MissingTagError, TagError, UndeclaredQueueError
 from celery_affinity.message import TAG_HEADER, spread_tag, tag_text
@@ -34,23 +35,16 @@ class _Bound(Protocol):
 
 def _argument(task: Any, path: str, args: Any, kwargs: Any) -> object:
     name, *rest = path.split(".")
-    signature = task.__dict__.get("affinity_signature")
-    if signature is None:
-        signature = task.affinity_signature = inspect.signature(task.run)
-    try:
-        bound = signature.bind_partial(*args, **kwargs)
-    except TypeError as error:
-        raise TagError(
-            f"cannot derive the tag of task {task.name!r} from {path!r}: {error}"
-        ) from None
-    bound.apply_defaults()
-    if name not in bound.arguments:
+    by_name = getattr(task, "affinity_batch", False)
+    arguments = kwargs if by_name else _bound_arguments(task, path, args, kwargs)
+    if name not in arguments:
         raise TagError(
             f"task {task.name!r} takes its tag from argument {name!r}, which this call does not "
-            f"have (found: {', '.join(map(repr, bound.arguments)) or 'none'}). Pass it, or pass "
+            f"have{' by name' if by_name else ''} "
+            f"(found: {', '.join(map(repr, arguments)) or 'none'}). Pass it, or pass "
             f"apply_async(..., identify_tag=...)"
         )
-    value: Any = bound.arguments[name]
+    value: Any = arguments[name]
     for part in rest:
         try:
             value = value[part] if isinstance(value, Mapping) else getattr(value, part)
@@ -62,6 +56,21 @@ def _argument(task: Any, path: str, args: Any, kwargs: Any) -> object:
                 "apply_async(..., identify_tag=...)"
             ) from None
     return value
+
+
+def _bound_arguments(task: Any, path: str, args: Any, kwargs: Any) -> Mapping[str, Any]:
+    signature = task.__dict__.get("affinity_signature")
+    if signature is None:
+        signature = task.affinity_signature = inspect.signature(task.run)
+    try:
+        bound = signature.bind_partial(*args, **kwargs)
+    except TypeError as error:
+        raise TagError(
+            f"cannot derive the tag of task {task.name!r} from {path!r}: {error}"
+        ) from None
+    bound.apply_defaults()
+    arguments: Mapping[str, Any] = bound.arguments
+    return arguments
 
 
 def derive_tag(task: Any, args: Any, kwargs: Any) -> str:
@@ -233,20 +242,35 @@ def _apply(
         context.leave(here)
 
 
+def _replace(self: Any, sig: Any) -> None:
+    raise TypeError(
+        f"batch task {self.name!r} cannot be replaced: its call stands for several tasks. Send the "
+        "other task, and return its id as a result"
+    )
+
+
 def _affinity(self: Any) -> AffinityContext | None:
     """The lease under which this task runs; None outside of one."""
     return context.current()
 
 
-def task_options(tag_from: TagFrom | None, queue: Any, options: dict[str, Any]) -> dict[str, Any]:
+def task_options(
+    tag_from: TagFrom | None, queue: Any, batch: bool, options: dict[str, Any]
+) -> dict[str, Any]:
     """Celery's task options that make a task an affinity task."""
     if tag_from is not None and not isinstance(tag_from, str) and not callable(tag_from):
         raise TypeError(
             f"tag_from is {tag_from!r}, expected an argument's name or a callable that is given "
             "the call's arguments"
         )
+    if batch:
+        if options.get("pydantic"):
+            raise TypeError("batch=True goes without pydantic=True: the function is given requests")
+        # The body that stands for the function is bound, so that it knows its task.
+        options = {**options, "bind": True, "replace": _replace}
     return {
         **options,
+        "affinity_batch": batch,
         # Not Celery's own attribute: 5.7 warns that `queue` on a task goes away.
         "affinity_queue": queue,
         "affinity_tag_from": staticmethod(tag_from) if callable(tag_from) else tag_from,
@@ -263,12 +287,15 @@ def declare(
     fun: Callable[..., Any] | None,
     tag_from: TagFrom | None,
     queue: Any,
+    batch: bool,
     options: dict[str, Any],
 ) -> Any:
     """Apply Celery's decorator with the options of an affinity task."""
-    made = decorator(**task_options(tag_from, queue, options))
+    made = decorator(**task_options(tag_from, queue, batch, options))
 
     def decorate(fun: Callable[..., Any]) -> Any:
+        if batch:
+            return made(batch_body(fun, bool(options.get("bind"))))
         _check_tag_from(fun, tag_from)
         return made(fun)
 
@@ -292,7 +319,21 @@ def _check_tag_from(fun: Callable[..., Any], tag_from: TagFrom | None) -> None:
 def affinity_task(fun: Callable[P, R], /) -> Task[P, R]: ...
 @overload
 def affinity_task(
-    *, bind: Literal[True], queue: str | None = ..., tag_from: TagFrom | None = ..., **options: Any
+    *,
+    batch: Literal[True],
+    bind: bool = ...,
+    queue: str | None = ...,
+    tag_from: TagFrom | None = ...,
+    **options: Any,
+) -> Callable[[Callable[..., Any]], Task[..., Any]]: ...
+@overload
+def affinity_task(
+    *,
+    bind: Literal[True],
+    queue: str | None = ...,
+    tag_from: TagFrom | None = ...,
+    batch: Literal[False] = ...,
+    **options: Any,
 ) -> Callable[[Callable[Concatenate[Any, P], R]], Task[P, R]]: ...
 @overload
 def affinity_task(
@@ -300,6 +341,7 @@ def affinity_task(
     bind: Literal[False] = ...,
     queue: str | None = ...,
     tag_from: TagFrom | None = ...,
+    batch: Literal[False] = ...,
     **options: Any,
 ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 def affinity_task(
@@ -308,6 +350,7 @@ def affinity_task(
     *,
     queue: Any = None,
     tag_from: TagFrom | None = None,
+    batch: bool = False,
     **options: Any,
 ) -> Any:
     """Declare a task whose calls carry a tag. Like `celery.shared_task`, and with its options.
@@ -317,10 +360,15 @@ def affinity_task(
             is only one.
         tag_from: Where the tag of a call comes from: an argument's name, with a dotted path into
             a model or dict (``"order.company_id"``), or a callable given the call's arguments.
-            ``apply_async(..., identify_tag=...)`` goes before it.
+            ``apply_async(..., identify_tag=...)`` goes before it. Of a batch task it names a
+            keyword argument.
+        batch: The function is given a list of `BatchRequest`: waiting tasks of one tag, at most
+            ``max_batch_size`` of them. It returns a result for each; an exception as a result
+            fails its task, ``request.retry(...)`` retries it. What it raises is the result of each
+            task that has none yet.
 
     Raises:
         TagError: When the task is called without a usable tag.
         UndeclaredQueueError: When it is called and its queue is not an affinity queue.
     """
-    return declare(shared_task, fun, tag_from, queue, options)
+    return declare(shared_task, fun, tag_from, queue, batch, options)

@@ -200,6 +200,8 @@ class HoldRecord:
     task_id: str
     #: Since its start; None while it is on its way.
     running_seconds: float | None
+    #: Entries that share its call (of a batch task).
+    mates: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

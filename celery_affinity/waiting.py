@@ -19,7 +19,7 @@ from celery.result import AsyncResult, EagerResult, ResultSet
 
 from celery_affinity.context import current
 from celery_affinity.exceptions import OwnTagWaitError
-from celery_affinity.gate import current_run
+from celery_affinity.running import current_run
 
 __all__ = ("refuse_waits_for_own_tag",)
 

@@ -2,7 +2,8 @@
 --
 -- KEYS[1] namespace prefix     ARGV incarnation, slot, entry, epoch, start token
 -- Returns 1 the entry counts as not started: its message asks again, or (the node drains, or serves
---         the queue no more) it goes back to the head of its tag; 0 not this caller's (any more)
+--         the queue no more) it goes back to the head of its tag; 0 not this caller's (any more), or its
+--         call has mates: it runs
 -- @include base
 -- @include ring
 -- @include deliver
@@ -11,7 +12,8 @@
 local inc, i, entry, epoch, token = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local l, leased = load_lease(inc, i)
 local first = l.out[1]
-if not leased or l.epoch ~= epoch or not first or first.entry ~= entry or first.token ~= token then
+if not leased or l.epoch ~= epoch or not first or first.entry ~= entry or first.token ~= token
+  or l.mates then
   return 0
 end
 first.token = nil

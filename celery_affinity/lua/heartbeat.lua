@@ -12,7 +12,8 @@
 -- beats, a tenth of the heartbeat timeout apart (some beats follow each other at once), is taken back.
 -- One whose start was granted is sent again once as if it had not started: its process knows the token,
 -- and a copy that comes while it runs is refused. If that does not come to its end either, it counts as
--- one that started (in a ledger that was restored its process knows of no grant any more).
+-- one that started (in a ledger that was restored its process knows of no grant any more). As long as the
+-- node holds any copy of such a one, that may be the one that runs.
 -- A repeat of a beat number counts no beat twice.
 -- What waits for longer than the grace behind an ordinary task goes back to the head if a slot
 -- elsewhere, or another one of a node, can take it.
@@ -56,22 +57,26 @@ end
 
 local ordinary = {}
 for _, i in ipairs(redis.call('HVALS', worker_key(inc, 'busy'))) do ordinary[i] = true end
-local holds = {}
-for k = 4, #ARGV do holds[ARGV[k]] = true end
+local holds, any_copy = {}, {}
+for k = 4, #ARGV do
+  holds[ARGV[k]] = true
+  any_copy[string.match(ARGV[k], '^[^:]*:[^:]*:[^:]*') or ''] = true
+end
 local again, back = 0, 0
 for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
   local l = load_lease(inc, i)
   local changed, missing = false, false
   for k, o in ipairs(l.out) do
-    local name = table.concat({i, o.entry, l.epoch, o.send}, ':')
+    local copies = table.concat({i, o.entry, l.epoch}, ':')
+    local name = copies .. ':' .. o.send
     if not holds[name] then
       local granted = is_granted(l, o) and w.active and serves(w, l.q, i)
       if o.token and not granted then
-        missing = not holds[name .. ':?']
+        missing = not (holds[name .. ':?'] or (was_granted(o) and any_copy[copies]))
       elseif NOW - l.t < grace or not w.active or not serves(w, l.q, i) or queued(l, o) then
         -- it is on its way
       elseif granted and string.sub(o.send, -1) == 'r' then
-        missing = true
+        missing = not any_copy[copies]
       else
         l.x = l.x + 1
         o.send = text(l.x) .. 'r'
@@ -88,8 +93,7 @@ for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
   l.miss = missing and (missed > 0 and missed or NOW) or 0
   if l.miss ~= missed then changed = true end
   if missing and missed > 0 and NOW - missed >= w.timeout / 10 then
-    back = back + #l.out
-    take_back(l, true)
+    back = back + take_back(l, true)
     release(l, true)
     take(inc, i, w)
     match(l.q, 10)

@@ -20,7 +20,10 @@ redis.call('HSET', queue_key(q, 'conf'), 'revoked', '1')
 conf(q).revoked = true
 local _, running, empty = unstart(q, tag)
 local answer = {1, redis.call('LLEN', backlog_key(q, tag))}
-for _, l in ipairs(running) do answer[#answer + 1] = l.out[1].entry end
+for _, l in ipairs(running) do
+  answer[#answer + 1] = l.out[1].entry
+  for mate in string.gmatch(l.mates or '', '%d+') do answer[#answer + 1] = mate end
+end
 for _, l in ipairs(running) do
   local w = worker(l.inc)
   if w and w.active and pump(l, w) > 0 then save_lease(l) end

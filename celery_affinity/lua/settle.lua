@@ -65,31 +65,9 @@ end
 -- @include admit_entry
 -- @include go_on
 -- @include keep_place
+-- @include end_entry
 if plain then return answered(pass_on(l, w)) end
-local failed = outcome == 'failed' and conf(q).failure > 0
-if outcome == 'bury' then
-  bury(q, entry, tag, ARGV[9])
-else
-  if outcome == 'again' then
-    local raw = redis.call('HGET', queue_key(q, 'm'), entry)
-    if raw then admit_entry(q, raw, tag) end
-  end
-  local kept = false
-  for k = outcome == 'failed' and 11 or 9, #ARGV, 2 do
-    local eta = tonumber(ARGV[k + 1])
-    if k == 9 and keep_place(l, entry, ARGV[k], eta) then
-      kept = true
-    else
-      admit_entry(q, ARGV[k], tag, eta)
-    end
-    if eta then ring_bell(q) end
-  end
-  if failed then
-    bury(q, entry, tag, ARGV[9], nil, true, ARGV[10])
-  elseif not kept then
-    forget_entry(q, entry)
-  end
-  count(q, 'settled')
-end
+local first_retry = outcome == 'failed' and 11 or 9
+end_entry(l, entry, outcome, ARGV[9], ARGV[10], outcome == 'bury' and {} or {unpack(ARGV, first_retry)})
 drop_first(l)
 return answered(go_on(l, w))

@@ -403,8 +403,10 @@ def test_an_ordered_retry_of_another_lease_does_not_end_a_halt(bench: Bench) -> 
     retrying = node.take()
     retrying.start()
     assert failing.settle("failed", "no", "") == "halted"
-    assert retrying.settle("done", bench.retry_of(retrying), bench.now_ms() + 1) == "halted"
-    wait_until(lambda: bench.promote()[1] < 0, what="nothing that is due")
+    due = bench.now_ms() + 1
+    assert retrying.settle("done", bench.retry_of(retrying), due) == "halted"
+    wait_until(lambda: bench.now_ms() > due, what="the retry's time")
+    assert bench.promote()[1] < 0, "nothing is due"
     assert node.receive() is None
     letters(bench).requeue(None, None)
     assert node.drain_all() == ["a-1", "a-2", "a-3"]

@@ -240,3 +240,20 @@ def test_a_granted_start_that_nobody_knows_of_is_taken_back_after_one_more_messa
     bench.client.hincrby(bench.scripts.keys.slot("n", 0), "miss", -6_000)
     assert node.beat(3, held) == (True, 0, 2)
     assert node.take().id == second.id and attempts(bench, second) == 1
+
+
+def test_a_granted_task_that_runs_in_an_older_copy_is_not_taken_back(bench: Bench) -> None:
+    """Found by simulation (seed 900747): the copy that was sent again came to its end, and so not the
+    one that ran; its node had reconnected to its broker, and said that it may run.
+    """
+    node, second = granted(bench)
+    third = node.take()
+    assert node.beat(1, [third]) == (True, 1, 0)
+    assert node.take().start("own") == -3
+    for maybe in ("", ":?"):
+        held = [third.stamp.held, second.stamp.held + maybe]
+        for number in (2, 3):
+            beat = f"{number}{maybe}"
+            assert bench.scripts.heartbeat("n", beat, 0, held)[:3] == (True, 0, 0)
+            bench.client.hincrby(bench.scripts.keys.slot("n", 0), "miss", -6_000)
+    assert second.settle(token=GRANT) == "held"

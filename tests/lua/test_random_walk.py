@@ -6,6 +6,7 @@ nothing settled twice, at most `concurrency` of a tag running, starts in order, 
 
 from __future__ import annotations
 
+import json
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ class World:
     bench: Bench
     rng: random.Random
     concurrency: int
+    #: How often a started task takes what waits behind it.
+    batches: float = 0.0
+    mates: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
     arrived: dict[str, list[Copy]] = field(default_factory=lambda: defaultdict(list))
     running: dict[str, list[Copy]] = field(default_factory=lambda: defaultdict(list))
@@ -89,17 +93,44 @@ class World:
             assert len(same) <= limit, f"{copy.tag} runs {len(same)} times"
             assert not self.paused & {copy.tag, None}, f"{copy.tag} starts while it is paused"
             self.starts[copy.tag].append(int(copy.id.split("-")[1]))
+            if self.rng.random() < self.batches:
+                self.take(copy)
+
+    def take(self, copy: Copy) -> None:
+        """Have what waits behind a started entry join it."""
+        s = copy.stamp
+        args = (s.incarnation, s.slot, s.entry, s.epoch, copy.token, 0, "t", 10**6)
+        code, found = self.bench.scripts.take(*args)
+        assert code == 1
+        assert not (found and self.paused & {copy.tag, None}), f"{copy.tag} is paused"
+        if self.rng.random() < 0.2 and found:
+            assert self.bench.scripts.take(*args) == (1, found), "a repeat gets the same answer"
+        self.mates[copy.token] = [(entry, json.loads(raw)["headers"]["id"]) for entry, raw in found]
+        self.starts[copy.tag] += [int(one.split("-")[1]) for _, one in self.mates[copy.token]]
+
+    def end(self, copy: Copy) -> str:
+        """Settle a task, or all of its call."""
+        mates = self.mates.get(copy.token)
+        s = copy.stamp
+        if not mates:
+            answer = copy.settle()
+            assert copy.settle() == answer, "a repeat gets the same answer"
+        else:
+            ends = [(entry, "done", ()) for entry in (s.entry, *(entry for entry, _ in mates))]
+            args = (s.incarnation, s.slot, s.entry, s.epoch, copy.token, ends)
+            answer = self.bench.scripts.settle_batch(*args)
+            assert self.bench.scripts.settle_batch(*args) == answer, "a repeat gets the same answer"
+        if answer != "stale":
+            self.settled += [copy.id, *(one for _, one in mates or ())]
+        return answer
 
     def settle(self) -> None:
         for name in list(self.running):
             if not self.running[name]:
                 continue
             copy = self.running[name].pop(self.rng.randrange(len(self.running[name])))
-            answer = copy.settle()
+            answer = self.end(copy)
             assert (answer == "stale") == (name in self.gone), (answer, name)
-            if answer != "stale":
-                self.settled.append(copy.id)
-                assert copy.settle() == answer, "a repeat gets the same answer"
 
     def beat(self) -> None:
         for name, node in self.nodes.items():
@@ -123,8 +154,7 @@ class World:
         name = self.rng.choice(list(self.nodes))
         self.bench.scripts.drain(name, 1)
         for copy in self.running.pop(name, []):
-            assert copy.settle() == "drained"
-            self.settled.append(copy.id)
+            assert self.end(copy) == "drained"
         self.bench.scripts.leave(name)
         self._remove(name)
 
@@ -262,19 +292,23 @@ OPERATED = WALKS + ["pause", "resume", "resume", "limit", "limit", "move", "move
     "7: crashes at random between the steps of workers and leaders",
     "lawful histories",
 )
+@pytest.mark.parametrize("batches", [0.0, 0.7])
 @pytest.mark.parametrize("seed", range(24))
-def test_a_random_walk_with_crashes_is_lawful(bench: Bench, seed: int) -> None:
-    walk(bench, seed, WALKS)
+def test_a_random_walk_with_crashes_is_lawful(bench: Bench, seed: int, batches: float) -> None:
+    walk(bench, seed, WALKS, batches)
 
 
+@pytest.mark.parametrize("batches", [0.0, 0.7])
 @pytest.mark.parametrize("seed", range(24))
-def test_a_random_walk_with_crashes_and_operators_is_lawful(bench: Bench, seed: int) -> None:
-    walk(bench, seed, OPERATED)
+def test_a_random_walk_with_crashes_and_operators_is_lawful(
+    bench: Bench, seed: int, batches: float
+) -> None:
+    walk(bench, seed, OPERATED, batches)
 
 
-def walk(bench: Bench, seed: int, steps: list[str]) -> None:
+def walk(bench: Bench, seed: int, steps: list[str], batches: float) -> None:
     rng = random.Random(seed)
-    world = World(bench, rng, concurrency=rng.choice([1, 1, 1, 3]))
+    world = World(bench, rng, rng.choice([1, 1, 1, 3]), batches)
     bench.lead(batch=3, concurrency=world.concurrency, deliveries=10**6)
     world.node_up()
     for _ in range(250):

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from celery.exceptions import Reject
 from redis.exceptions import RedisError
 
-from celery_affinity.gate import current_run
 from celery_affinity.message import STAMP_HEADER, Stamp
 from celery_affinity.reporter import Reporter
+from celery_affinity.running import current_run
 from celery_affinity.watchdog import Lifeline
 
 from .pool import Job, Process

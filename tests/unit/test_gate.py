@@ -181,3 +181,65 @@ def test_where_a_slot_is_no_process_nothing_is_granted(monkeypatch: pytest.Monke
     ledger = Ledger((1, 0.0))
     message(gate_of(ledger, monkeypatch, slot=None), 1)
     assert ledger.proposed == [""]
+
+
+# What joins a batch task
+
+
+class Joiners(Ledger):
+    """Answers each `take` with the next answer, after so many seconds."""
+
+    def __init__(self, *takes: tuple[int, float], grants: str = "") -> None:
+        super().__init__((1, 0.0), grants=grants)
+        self.takes, self.took, self.joint = list(takes), [], 0
+
+    def take(self, *arguments: Any) -> tuple[int, list[tuple[str, bytes]]]:
+        *_, token, least_ms, _task, _most_bytes = arguments
+        assert least_ms == 5000
+        self.took.append(token)
+        code, took = self.takes.pop(0)
+        self.now += took
+        return code, [("7", b"")] if code == 1 else []
+
+    def settle_batch(self, *arguments: Any) -> str:
+        assert arguments[-1] == "ends"
+        self.joint += 1
+        return "held"
+
+
+class Batch:
+    """A batch task whose call says so."""
+
+    name, most_bytes = "t", 1000
+
+    def call(self, run: Any, request: Any, found: Any) -> Any:
+        return self
+
+    def trace(self, tracer: Any, *arguments: Any) -> str:
+        return f"{tracer(*arguments)} together"
+
+    def ends(self, run: Any, outcome: str, words: Any) -> str:
+        return "ends"
+
+
+def call(gate: Gate, entry: int) -> Any:
+    """What the tracer of a batch task's message answers behind the gate."""
+    request = {TAG_HEADER: "tag", STAMP_HEADER: f"{entry} 2 {entry} inc 0 1 1 jobs"}
+    return gate.around(lambda uuid, args, kwargs, request: "ran", Batch())("id", (), {}, request)
+
+
+def test_a_call_takes_and_settles_with_the_token_of_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Joiners((1, 0.0), grants="2")
+    gate = gate_of(ledger, monkeypatch)
+    assert [message(gate, 1), call(gate, 2)] == ["ran", "ran together"]
+    assert ledger.took == ledger.proposed, "it was granted"
+    assert (ledger.settled, ledger.joint) == (1, 1)
+
+
+def test_a_call_is_not_begun_on_an_old_answer_or_behind_a_late_heartbeat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ledger = Joiners((1, 6.0), (-5, 0.0), (-1, 0.0))
+    assert call(gate_of(ledger, monkeypatch), 1) == REFUSED
+    assert len(ledger.took) == 3 and set(ledger.took) == set(ledger.tokens)
+    assert (ledger.settled, ledger.joint) == (0, 0)

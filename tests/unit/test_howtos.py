@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HOWTOS = {"django": "django_shop", "fastapi": "fastapi_shop", "testing": "testing_shop"}
+HOWTOS = {
+    "django": "django_shop", "fastapi": "fastapi_shop", "batches": "batches_shop",
+    "testing": "testing_shop",
+}
 BLOCK = re.compile(r"(?:`([^`\n]+)`:\n\n)?```python\n(.*?)```", re.DOTALL)
 
 

@@ -12,9 +12,9 @@ local function forget_worker(inc, budget, lost)
       return back, true
     end
     local l = load_lease(inc, i)
-    back = back + #l.out
-    if lost then count(l.q, 'rescued', #l.out) end
-    take_back(l, true)
+    local given_back = take_back(l, true)
+    back = back + given_back
+    if lost then count(l.q, 'rescued', given_back) end
     release(l, true)
     touched[l.q] = true
     done = done + 1

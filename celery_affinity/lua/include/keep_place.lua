@@ -19,10 +19,12 @@ local function keep_place(l, entry, raw, eta)
   redis.call('HDEL', queue_key(l.q, 'att'), entry)
   redis.call('HSET', retrying, entry, text(first))
   put_back(l.q, l.tag, entry)
+  -- Of several retries (of one call, of several leases) none starts before it is due.
   if due > NOW and is_halted(l.q, l.tag) then
-    redis.call('HSET', queue_key(l.q, 'later'), l.tag, text(due))
+    local later = tonumber(redis.call('HGET', queue_key(l.q, 'later'), l.tag) or 0)
+    redis.call('HSET', queue_key(l.q, 'later'), l.tag, text(math.max(due, later)))
   elseif due > NOW then
-    redis.call('ZADD', queue_key(l.q, 'hold'), text(due), l.tag)
+    redis.call('ZADD', queue_key(l.q, 'hold'), 'GT', text(due), l.tag)
   end
   return true
 end

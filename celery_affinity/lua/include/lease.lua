@@ -1,22 +1,25 @@
 -- A slot's lease: open, fill with messages, release, take back.
 
 local FIELDS = {'q', 'tag', 'epoch', 'n', 'cn', 'x', 't', 'miss', 'fin',
-  'e1', 's1', 'p1', 'k1', 'e2', 's2', 'p2', 'o', 'lt', 'lr'}
+  'e1', 's1', 'p1', 'k1', 'e2', 's2', 'p2', 'o', 'b', 'lt', 'lr'}
 
 -- Whether a settle has granted this start: its process knows of it, but may not have begun with it. Such
 -- a token ends in "?". Whatever it is not safe to take for unstarted takes it for started. One that its
--- node has given its end (finish) has begun.
+-- node has given its end (finish) has begun, and so has one that mates have joined (take).
+local function was_granted(o) return o.token and string.sub(o.token, -1) == '?' end
 local function is_granted(l, o)
-  return o.token and string.sub(o.token, -1) == '?'
+  return was_granted(o) and not l.mates
     and not (l.fin and string.match(l.fin, '^%d+') == o.entry)
 end
 
--- The lease of a slot, or nil if the slot has none.
+-- The lease of a slot, and whether it has one. `mates`: the entries that the call of a batch task
+-- which runs there got with its first one, in order, or false; they have its start token.
 local function load_lease(inc, i)
   local v = redis.call('HMGET', slot_key(inc, i), unpack(FIELDS))
   local l = {inc = inc, i = i, q = v[1], tag = v[2], epoch = v[3], n = tonumber(v[4]),
     cn = tonumber(v[5]), x = tonumber(v[6]), t = tonumber(v[7]), miss = tonumber(v[8] or 0),
-    fin = v[9], out = {}, opened = tonumber(v[17]), last_token = v[18], last_answer = v[19]}
+    fin = v[9], out = {}, opened = tonumber(v[17]), mates = v[18],
+    last_token = v[19], last_answer = v[20]}
   if v[10] then l.out[1] = {entry = v[10], send = v[11], place = v[12], token = v[13]} end
   if v[14] then l.out[2] = {entry = v[14], send = v[15], place = v[16]} end
   return l, l.q and true or false
@@ -70,6 +73,16 @@ local function lacks(q, tag, inc)
   return task and redis.call('SISMEMBER', worker_key(inc, 'lacks'), task) == 1
 end
 
+-- Whether what the lease has out is a task known to take what waits behind it (take.lua): a second
+-- message sent after it would only be refused.
+local function takes_more(l)
+  local names = conf(l.q).batches
+  if not names then return false end
+  local raw = redis.call('HGET', queue_key(l.q, 'm'), l.out[1].entry) or ''
+  local task = string.match(raw, '"task": "([^"]*)"')
+  return task and string.find(names, '\n' .. task .. '\n', 1, true)
+end
+
 -- The worker that an operator has sent the tag to (move), or nil: it went there, or cannot.
 local function destination(q, tag)
   local mark = conf(q).moving and redis.call('HGET', queue_key(q, 'moves'), tag)
@@ -100,9 +113,9 @@ local function end_move(q, tag, inc)
   end
 end
 
--- Dispatch entries of the lease's tag until it has its share out: two where the slot is a
--- process, one else, and one for a tag with several leases. Past its share only while no other tag waits.
--- A lease of more than the tag may have now (limit; its cn is 0) gets nothing.
+-- Dispatch entries of the lease's tag until it has its share out: two where the slot is a process,
+-- one else, for a tag with several leases and behind a batch task. Past its share only while no other
+-- tag waits. A lease of more than the tag may have now (limit; its cn is 0) gets nothing.
 local function pump(l, w)
   if conf(l.q).still or l.cn == 0 or not serves(w, l.q, l.i) then return 0 end
   if on_hold(l.q, l.tag) or barred(l.q, l.tag, l.inc) then return 0 end
@@ -110,6 +123,7 @@ local function pump(l, w)
   local sent = 0
   while #l.out < depth do
     if is_full(l) and others_wait(w) then break end
+    if l.out[1] and takes_more(l) then break end
     if l.cn > 1 and redis.call('SISMEMBER', queue_key(l.q, 'unst'), l.tag) == 1 then break end
     local entry = redis.call('LPOP', backlog_key(l.q, l.tag))
     if not entry then break end
@@ -184,12 +198,20 @@ local function open_lease(q, tag, inc, i, w)
 end
 
 -- Give back what a lease has out, in order, to the head of its tag: the unstarted, and with
--- `started` also the one that runs, which then counts as one delivery more. `told`: the caller
--- tells whoever waits for one that is buried.
+-- `started` also what runs, which then counts as one delivery more. `told`: the caller tells whoever
+-- waits for the first if that is buried. How many went back (or ended).
 local function take_back(l, started, told)
-  local kept = {}
-  for k = #l.out, 1, -1 do
-    local o = l.out[k]
+  local out, kept, first = l.out, {}, l.out[1]
+  if started and l.mates then
+    out = {first}
+    for entry in string.gmatch(l.mates, '%d+') do
+      out[#out + 1] = {entry = entry, token = first.token}
+    end
+    out[#out + 1] = l.out[2]
+    l.mates = false
+  end
+  for k = #out, 1, -1 do
+    local o = out[k]
     if o.token and not started then
       kept[1] = o
     else
@@ -202,10 +224,11 @@ local function take_back(l, started, told)
         forget_entry(l.q, o.entry)
         count(l.q, 'settled')
       elseif o.token and conf(l.q).bury_lost then
-        bury(l.q, o.entry, l.tag, 'its process was lost after its start (on_lost)', nil, told)
+        bury(l.q, o.entry, l.tag, 'its process was lost after its start (on_lost)', nil,
+          told and o == first)
       elseif starts >= conf(l.q).deliveries then
         bury(l.q, o.entry, l.tag, 'started ' .. starts .. ' times without an end (max_deliveries)',
-          nil, told)
+          nil, told and o == first)
       else
         put_back(l.q, l.tag, o.entry)
         count(l.q, 'requeued')
@@ -214,4 +237,5 @@ local function take_back(l, started, told)
     end
   end
   l.out = kept
+  return #out - #kept
 end

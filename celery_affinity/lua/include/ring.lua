@@ -58,20 +58,21 @@ local function enlist(q, tag, to_front)
 end
 
 -- Put an entry back where its number belongs. A backlog grows by number, and before that place
--- stand only entries that were out too: it is among the first few.
+-- stands only what was out too: a few entries, or the calls of batch tasks in other leases of the tag.
 local function put_back(q, tag, entry)
   local list = backlog_key(q, tag)
-  local number, from, page = tonumber(entry), 0, 2 * concurrency(q, tag)
+  local number, from, page = tonumber(entry), 0, 2 * concurrency(q, tag) + 1
   repeat
-    local some = redis.call('LRANGE', list, from, from + page)
+    local some = redis.call('LRANGE', list, from, from + page - 1)
     for _, other in ipairs(some) do
       if tonumber(other) > number then
         redis.call('LINSERT', list, 'BEFORE', other, entry)
         return
       end
     end
-    from = from + page + 1
-  until #some <= page
+    local last = #some < page
+    from, page = from + page, 100
+  until last
   redis.call('RPUSH', list, entry)
 end
 
