@@ -31,6 +31,17 @@ SHOWN = {
 }
 #: This one is the body of a task.
 IN_A_TASK = "from celery_affinity import current, tag_acquired, tag_released"
+#: And this one is of another app, which has a search engine.
+OF_ANOTHER_APP = '@affinity_task(queue="documents"'
+SEARCH = """
+from types import SimpleNamespace
+from celery import Celery
+from celery_affinity import Affinity, AffinityQueue, affinity_task
+app = Celery("search")
+app.conf.task_always_eager = True
+Affinity(app, queues=[AffinityQueue("documents")])
+search = SimpleNamespace(bulk=lambda texts: [print("indexed", text) for text in texts])
+"""
 
 
 class Reader:
@@ -69,6 +80,8 @@ class Reader:
         if text.startswith(IN_A_TASK):
             body = "".join(f"    {line}\n" for line in text.splitlines())
             text = f"from celery_affinity.testing import lease\nwith lease('acme', epoch=7):\n{body}"
+        elif text.startswith(OF_ANOTHER_APP):
+            text = SEARCH + text
         elif "from app import" not in text:
             text = f"from app import affinity, app, send_invoice\n{text}"
         (self.folder / "script.py").write_text(text)
@@ -129,6 +142,7 @@ def test_readme_does_what_it_says(reader: Reader) -> None:
             reader.run("-c", BEFORE_THE_OPERATOR)
         reader.type(language, text)
     logs = "".join(node.log_text() for node in reader.cluster.nodes)
+    assert "indexed one\n" in reader.said
     assert re.findall(r"acme (\d): lease \d+, place (\d)", logs)[0] == ("1", "1")
 
 
