@@ -47,7 +47,7 @@ def test_each_command_has_its_section_and_there_is_no_other() -> None:
 def test_a_commands_section_names_each_of_its_options_and_no_other(name: str, command: click.Command) -> None:
     text = sections(page("operations"), "###")[f"`{name}`"].split("\n## ")[0]
     options = [param.opts for param in command.params if isinstance(param, click.Option)]
-    spoken = {option for option in re.findall(r"(?<![\w-])--?[a-z][\w-]*", text)}
+    spoken = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text))
     assert spoken <= {opt for opts in options for opt in opts} | {"--help"}, "no such option"
     assert not [opts for opts in options if not spoken & set(opts)], "not described"
     for argument in (param for param in command.params if isinstance(param, click.Argument)):
