@@ -17,6 +17,8 @@ release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 #: The plan is for whoever works on the project, and changes with each piece of work.
 exclude_patterns = ["plan.md"]
+# Texts are searched for as they are printed: --queue stays --queue.
+smartquotes = False
 html_theme = "furo"
 html_title = f"celery_affinity {release}"
 
