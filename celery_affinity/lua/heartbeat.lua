@@ -13,7 +13,8 @@
 -- One whose start was granted is sent again once as if it had not started: its process knows the token,
 -- and a copy that comes while it runs is refused. If that does not come to its end either, it counts as
 -- one that started (in a ledger that was restored its process knows of no grant any more). As long as the
--- node holds any copy of such a one, that may be the one that runs.
+-- node holds any copy of such a one, that may be the one that runs; if it does not know about the last one
+-- (":?"), another one is sent.
 -- A repeat of a beat number counts no beat twice.
 -- What waits for longer than the grace behind an ordinary task goes back to the head if a slot
 -- elsewhere, or another one of a node, can take it.
@@ -75,7 +76,7 @@ for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
         missing = not (holds[name .. ':?'] or (was_granted(o) and any_copy[copies]))
       elseif NOW - l.t < grace or not w.active or not serves(w, l.q, i) or queued(l, o) then
         -- it is on its way
-      elseif granted and string.sub(o.send, -1) == 'r' then
+      elseif granted and string.sub(o.send, -1) == 'r' and not holds[name .. ':?'] then
         missing = not any_copy[copies]
       else
         l.x = l.x + 1

@@ -257,3 +257,14 @@ def test_a_granted_task_that_runs_in_an_older_copy_is_not_taken_back(bench: Benc
             assert bench.scripts.heartbeat("n", beat, 0, held)[:3] == (True, 0, 0)
             bench.client.hincrby(bench.scripts.keys.slot("n", 0), "miss", -6_000)
     assert second.settle(token=GRANT) == "held"
+
+
+def test_a_granted_start_whose_second_message_was_flushed_too_comes_a_third_time(bench: Bench) -> None:
+    """Found by simulation (seed 1330): its node had reconnected to its broker twice."""
+    node, second = granted(bench)
+    third = node.take()
+    node.beat(1, [third])
+    again = node.take()
+    maybe = [f"{copy.stamp.held}:?" for copy in (second, again)]
+    assert bench.scripts.heartbeat("n", "2", 0, [third.stamp.held, *maybe])[:3] == (True, 1, 0)
+    assert node.take().start(GRANT) == 1
