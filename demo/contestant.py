@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +15,7 @@ __all__ = ("INDEX_VARIABLE", "NODE_VARIABLE", "QUEUE", "add_file", "close_tag", 
 
 #: Names the directory of the index that a worker adds to.
 INDEX_VARIABLE = "DEMO_INDEX"
-#: Names the worker, for the table.
+#: Names the worker, for the table; its host does without.
 NODE_VARIABLE = "DEMO_NODE"
 #: The only queue.
 QUEUE = "sources"
@@ -34,7 +35,7 @@ def make_app(name: str) -> Celery:
 
 def add_file(tag: str, seq: int, name: str, path: str, sent_at: float) -> None:
     """Add a file to the index that this process works on."""
-    owner = f"{os.environ[NODE_VARIABLE]}:{os.getpid()}"
+    owner = f"{os.environ.get(NODE_VARIABLE) or socket.gethostname()}:{os.getpid()}"
     _index().add(tag, seq, name, Path(path), sent_at, owner)
 
 

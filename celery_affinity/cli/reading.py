@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from celery_affinity.cli.group import affinity, bound, json_option, queue_option
+from celery_affinity.cli.group import affinity, bound, json_option, queue_option, worker_names
 from celery_affinity.cli.rendering import print_json, print_table, shown
 from celery_affinity.cli.wording import nothing_words, tag_words, task_words
 from celery_affinity.types import ChangeRecord, QueueStats, TagRecord, WorkerRecord
@@ -61,14 +61,21 @@ def queues(context: click.Context, as_json: bool) -> None:
 
 
 @affinity.command()
+@click.option("--node", help="This worker; else all.", shell_complete=worker_names)
 @json_option
 @click.pass_context
-def workers(context: click.Context, as_json: bool) -> None:
-    """Show each worker's slots, with the tags that they hold."""
-    found = bound(context).workers()
+def workers(context: click.Context, node: str | None, as_json: bool) -> None:
+    """Show each worker's slots, with the tags that they hold.
+
+    Exit code 1: --node is not registered, or its heartbeat is overdue. So it is a readiness probe.
+    """
+    found = [worker for worker in bound(context).workers() if node in (None, worker.name)]
     if as_json:
-        return print_json(found)
-    print_table(SLOT_COLUMNS, [row for worker in found for row in slot_rows(worker)])
+        print_json(found)
+    else:
+        print_table(SLOT_COLUMNS, [row for worker in found for row in slot_rows(worker)])
+    ready = node is None or any(worker.heartbeat_left_seconds > 0 for worker in found)
+    context.exit(0 if ready else 1)
 
 
 @affinity.command()
