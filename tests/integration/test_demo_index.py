@@ -20,7 +20,7 @@ from demo.search import search
 from demo.store import Link, Store, store_path
 
 TAG = "some-distribution"
-FORK = multiprocessing.get_context("fork")
+FORK = multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture
