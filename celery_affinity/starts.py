@@ -13,9 +13,13 @@ Crash windows, each with its law:
 - the process is frozen in between: a grant is as old as the question that brought it, the lost
   replies before it included. A late one is asked for
   (test_a_grant_that_is_late_is_asked_for_with_its_token).
-- the process ends, or an ordinary task is next: the grant is declined (decline.lua); where that
-  call fails, what is asked for later has the granted token
-  (test_a_grant_that_could_not_be_declined_is_asked_for).
+- the process ends, or an ordinary task is next: the grant is declined (decline.lua). Where that
+  call was not answered it may still arrive late, so it is made again before the entry is asked
+  for, which then has another token
+  (test_a_grant_that_could_not_be_declined_is_declined_later).
+- the message is overtaken by the one behind it: then it was lost, or thrown away unheard. Nobody
+  but this process knows that it does not run, so it declines
+  (test_a_grant_whose_message_was_overtaken_is_declined).
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_LATE = -5
 #: What a granted token ends in (include/lease.lua).
 GRANTED = "?"
+#: When a grant was asked for whose decline was not answered.
+UNANSWERED = float("-inf")
 
 Caller = Callable[[Callable[[], Any]], Any]
 _Found = TypeVar("_Found")
@@ -52,6 +58,13 @@ class _Grant:
 
     def is_for(self, stamp: Stamp) -> bool:
         return (self.entry, self.stamp.epoch) == (stamp.entry, stamp.epoch)
+
+    def is_void_for(self, stamp: Stamp) -> bool:
+        """Whether this message of the same lease shows that the grant is not to be used."""
+        if self.stamp.epoch != stamp.epoch:
+            return False
+        overtaken = int(stamp.entry) > int(self.entry)
+        return overtaken or (self.entry == stamp.entry and self.asked == UNANSWERED)
 
 
 class Starts:
@@ -85,6 +98,8 @@ class Starts:
 
     def begin(self, stamp: Stamp, patiently: Caller) -> tuple[int, str]:
         """Whether this message may run (1, or why not), and the token of its start."""
+        if self._grant is not None and self._grant.is_void_for(stamp):
+            self.decline(lambda ask: (patiently(ask), True)[1])
         grant = self._grant
         if grant is None or not grant.is_for(stamp):
             token = self._token()
@@ -157,5 +172,5 @@ class Starts:
             )
         )
         if not answered:  # the ledger may have the token still: asked with another it would refuse
-            grant.asked = float("-inf")
+            grant.asked = UNANSWERED
             self._grant = grant

@@ -117,8 +117,8 @@ def test_a_grant_is_for_one_run_of_one_entry_of_one_lease(monkeypatch: pytest.Mo
     ledger = Ledger((1, 0.0), (-1, 0.0), (-1, 0.0), (-1, 0.0), grants="2")
     gate = gate_of(ledger, monkeypatch)
     message(gate, 1)
-    assert [message(gate, 3), message(gate, 2, epoch=7)] == [REFUSED, REFUSED]
-    assert message(gate, 2) == "ran", "copies of other messages leave it as it is"
+    assert [message(gate, 1), message(gate, 3, epoch=7)] == [REFUSED, REFUSED]
+    assert message(gate, 2) == "ran", "what came before and other leases leave it as it is"
     assert message(gate, 2) == REFUSED
     assert not {ledger.proposed[0]} & set(ledger.tokens)
 
@@ -167,14 +167,26 @@ def test_a_grant_is_declined_before_an_ordinary_task(monkeypatch: pytest.MonkeyP
     assert ledger.tokens[1] not in ledger.proposed, "a declined one is asked for like any other"
 
 
-def test_a_grant_that_could_not_be_declined_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger = Ledger((1, 0.0), (-1, 0.0), grants="2")
+def test_a_grant_that_could_not_be_declined_is_declined_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger((1, 0.0), (1, 0.0), grants="2")
     ledger.away = True
     gate = gate_of(ledger, monkeypatch)
     message(gate, 1)
     message(gate, None)
-    assert message(gate, 2) == REFUSED, "it may have been given back, and run elsewhere"
-    assert ledger.tokens[1] == ledger.proposed[0], "or be started with this token"
+    ledger.away = False
+    assert message(gate, 2) == "ran"
+    assert ledger.declined == ledger.proposed[:1] * 2
+    assert ledger.tokens[1] not in ledger.proposed, "the first decline may arrive while it runs"
+
+
+def test_a_grant_whose_message_was_overtaken_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger((1, 0.0), (-4, 0.0), (1, 0.0), grants="2")
+    gate = gate_of(ledger, monkeypatch)
+    message(gate, 1)
+    assert message(gate, 3) == REFUSED
+    assert ledger.declined == ledger.proposed[:1], "nobody else knows that it does not run"
+    assert message(gate, 2) == "ran"
+    assert ledger.tokens[2] not in ledger.proposed
 
 
 def test_where_a_slot_is_no_process_nothing_is_granted(monkeypatch: pytest.MonkeyPatch) -> None:
