@@ -130,7 +130,8 @@ def test_the_quickstart_does_what_it_says(reader: Reader) -> None:
     invoices, refusal, status, workers, doctor = reader.said
     for company in ("acme", "globex", "initech", "umbrella", "hooli"):
         assert re.findall(rf"^{company} (\d) by", invoices, re.MULTILINE) == list("123456")
-    assert set(re.findall(r"place (\d)", invoices)) == {"1", "2", "3"}
+    # (The last tag goes on in its batch: nobody waits.)
+    assert set(re.findall(r"place (\d)", invoices)) >= {"1", "2", "3"}
     assert "identify_tag" in refusal
     assert "invoices" in status and "w1@" in workers and "w2@" in workers
     assert "ok" in doctor
