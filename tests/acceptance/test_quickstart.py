@@ -144,7 +144,7 @@ def test_readme_does_what_it_says(reader: Reader) -> None:
         reader.type(language, text)
     logs = "".join(node.log_text() for node in reader.cluster.nodes)
     assert "indexed one\n" in reader.said
-    assert re.findall(r"acme (\d): lease \d+, place (\d)", logs)[0] == ("1", "1")
+    assert ("1", "1") in re.findall(r"acme (\d): lease \d+, place (\d)", logs)  # of whichever node
 
 
 #: The three invoices are through, and acme has one that waits, so that there is something to see.
