@@ -607,3 +607,16 @@ def test_an_explanation_names_what_a_tag_waits_for(
     bench.scripts.resign("q", bench.fence)
     assert any("nobody schedules" in text for text in app.explain("a").obstacles)
     assert not app.explain("unknown").known
+
+
+def test_a_tag_whose_limit_is_lowered_while_it_waits_for_more_gets_no_other_slot(
+    bench: Bench, operator: OperatorScripts
+) -> None:
+    bench.lead(concurrency=3)
+    node = bench.node("n", depth=2)
+    bench.send("a", *range(4))
+    bench.admit_all()
+    assert node.take().start() == 1  # the tag waits in the ring for a second slot
+    assert operator.limit("q", "a", 1, "set")[0]
+    other = bench.node("m")
+    assert other.receive() is None

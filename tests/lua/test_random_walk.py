@@ -298,8 +298,6 @@ def test_a_random_walk_with_crashes_is_lawful(bench: Bench, seed: int, batches: 
     walk(bench, seed, WALKS, batches)
 
 
-# Known fault, open (CHANGELOG): seed 12, as it is timed under load, reorders a tag of concurrency 3.
-@pytest.mark.xfail(strict=False, reason="limit on a tag with tag_concurrency above 1 may reorder it")
 @pytest.mark.parametrize("batches", [0.0, 0.7])
 @pytest.mark.parametrize("seed", range(24))
 def test_a_random_walk_with_crashes_and_operators_is_lawful(

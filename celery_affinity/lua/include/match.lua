@@ -17,13 +17,15 @@ local function withdraw_idle(inc, i, w)
   for _, q in ipairs(w.queues) do redis.call('ZREM', queue_key(q, 'idle'), inc .. ':' .. i) end
 end
 
--- Take the first tag with a backlog off the ring; its place, to put it back.
+-- Take the first tag with a backlog and room off the ring; its place, to put it back. (One whose limit
+-- was lowered since may have no room; the release of a slot that holds it brings it back.)
 local function pop_tag(q)
   if conf(q).still then return nil end
   for _ = 1, LOOK do
     local popped = redis.call('ZPOPMIN', queue_key(q, 'ring'))
     if not popped[1] then return nil end
-    if redis.call('EXISTS', backlog_key(q, popped[1])) == 1 then return popped[1], popped[2] end
+    local room = #holders(q, popped[1]) < concurrency(q, popped[1])
+    if room and redis.call('EXISTS', backlog_key(q, popped[1])) == 1 then return popped[1], popped[2] end
     if conf(q).warm_wait > 0 then redis.call('HDEL', queue_key(q, 'since'), popped[1]) end
   end
   return nil
