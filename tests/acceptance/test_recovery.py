@@ -362,7 +362,11 @@ def test_a_frozen_worker_registers_anew_and_loses_nothing(
     wait_until(done_are(history_path, 14), 30, "the end of the rest")
     history = History.load(history_path)
     # Declared: what ran in the frozen worker may overlap with its second run. Nothing else may.
-    cut = {id(run) for run in history.runs if is_cut(run, frozen, rescued_at, rescued_epoch)}
+    cut = {
+        id(run)
+        for run in history.runs
+        if is_cut(run, frozen, rescued_epoch, rescued_at, history)
+    }
     assert len(cut) <= 2, "one task for each slot"
     rest = History([run for run in history.runs if id(run) not in cut], history.submits)
     rest.assert_lawful(allow_rerun=False)
@@ -378,9 +382,15 @@ def done_are(history_path: Path, count: int) -> Callable[[], bool]:
     return lambda: wanted <= {(run.tag, run.seq) for run in runs(history_path) if run.is_done}
 
 
-def is_cut(run: Run, frozen: Node, rescued_at: float, rescued_epoch: float) -> bool:
-    """Whether the freeze caught this run: it has a lease from before, and ended after."""
-    ended = (run.end or 0) / 1e9
-    return run.worker == frozen.name and (run.epoch or 0) < rescued_epoch and (
-        not ended or ended > rescued_at
+def is_cut(run: Run, frozen: Node, rescued_epoch: float, rescued_at: float, history: History) -> bool:
+    """Whether the freeze caught this run of a lease from before: in its task, or behind that, before
+    its end was told. Then it ended late, or it has ended and its task ran again.
+    """
+    if run.worker != frozen.name or (run.epoch or 0) >= rescued_epoch:
+        return False
+    late = not run.end or run.end / 1e9 > rescued_at
+    return late or any(
+        (again.tag, again.seq) == (run.tag, run.seq) and (again.epoch or 0) >= (run.epoch or 0)
+        for again in history.runs
+        if again is not run
     )

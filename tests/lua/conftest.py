@@ -44,6 +44,17 @@ class Bench:
         term, _ = self.scripts.claim("q", candidate, 60_000)
         assert term
         self.fence = f"{candidate} {term}"
+        self.configure(batch, concurrency, own, deliveries, warm, **limits)
+
+    def configure(
+        self,
+        batch: int = 10,
+        concurrency: int = 1,
+        own: dict[str, int] | None = None,
+        deliveries: int = 3,
+        warm: int = 100,
+        **limits: int,
+    ) -> None:
         limits = {
             "max_batch_size": batch, "tag_concurrency": concurrency, "max_deliveries": deliveries,
             "warm_tags": warm, **limits,

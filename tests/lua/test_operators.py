@@ -620,3 +620,47 @@ def test_a_tag_whose_limit_is_lowered_while_it_waits_for_more_gets_no_other_slot
     assert operator.limit("q", "a", 1, "set")[0]
     other = bench.node("m")
     assert other.receive() is None
+
+
+# what the next leader's configuration changes
+
+
+def test_a_limit_raised_by_configuration_opens_no_slot_past_an_entry_that_has_not_started(
+    bench: Bench,
+) -> None:
+    bench.lead()
+    one, two = bench.node("n1", depth=2), bench.node("n2", depth=2)
+    bench.send("a", *range(5))
+    bench.admit_all()
+    first, second = one.take(), one.take()
+    assert first.start() == 1
+    bench.configure(concurrency=2)
+    bench.send("a", 5)
+    bench.admit_all()
+    assert two.receive() is None, "a-1 is out and has not started"
+    assert first.settle() == "held"
+    assert two.receive() is None
+    assert second.start() == 1
+    assert second.settle() == "held", "everything that the slot had out as the only one has ended"
+    third = one.take()
+    assert third.start() == 1
+    fourth = two.take()
+    assert (third.id, fourth.id) == ("a-2", "a-3"), "now it has two slots"
+
+
+def test_a_limit_lowered_by_configuration_holds_for_what_is_dispatched_then(bench: Bench) -> None:
+    bench.lead(concurrency=2)
+    one, two = bench.node("n1", depth=2), bench.node("n2", depth=2)
+    bench.send("a", *range(6))
+    bench.admit_all()
+    first = one.take()
+    assert first.start() == 1
+    second = two.take()
+    assert second.start() == 1
+    bench.configure(concurrency=1)
+    assert first.settle() == "batch", "two slots are one too many"
+    assert one.receive() is None
+    assert second.settle() == "held"
+    third = two.take()
+    assert (third.id, third.start()) == ("a-2", 1)
+    assert one.receive() is None

@@ -41,6 +41,8 @@ class World:
     #: What operators have asked for; None is the queue.
     paused: set[str | None] = field(default_factory=set)
     limits: dict[str, int] = field(default_factory=dict)
+    #: The highest concurrency that was ever declared: a lower one holds for what is dispatched then.
+    most: int = 0
 
     @property
     def operator(self) -> OperatorScripts:
@@ -89,7 +91,7 @@ class World:
             self.running[name].append(copy)
             alive = [c for n, cs in self.running.items() if n not in self.gone for c in cs]
             same = [c for c in alive if c.tag == copy.tag]
-            limit = self.limits.get(copy.tag, self.concurrency)
+            limit = self.limits.get(copy.tag, max(self.most, self.concurrency))
             assert len(same) <= limit, f"{copy.tag} runs {len(same)} times"
             assert not self.paused & {copy.tag, None}, f"{copy.tag} starts while it is paused"
             self.starts[copy.tag].append(int(copy.id.split("-")[1]))
@@ -212,9 +214,17 @@ class World:
 
     def limit(self) -> None:
         tag = self.rng.choice(TAGS)
-        self.limits[tag] = self.rng.choice([1, 1, 2, 4, self.concurrency])
-        how = "default" if self.limits[tag] == self.concurrency else "set"
-        assert self.operator.limit("q", tag, self.limits[tag], how)[0]
+        limit = self.rng.choice([1, 1, 2, 4, self.concurrency])
+        assert self.operator.limit("q", tag, limit, "default" if limit == self.concurrency else "set")[0]
+        self.limits[tag] = limit
+        if limit == self.concurrency:
+            del self.limits[tag]
+
+    def configure(self) -> None:
+        """The next leader was started with another `tag_concurrency`."""
+        self.most = max(self.most, self.concurrency)
+        self.concurrency = self.rng.choice([1, 2, 3])
+        self.new_term()
 
     def move(self) -> None:
         tag, name = self.rng.choice(TAGS), self.rng.choice(list(self.nodes))
@@ -285,7 +295,7 @@ WALKS = (
 )
 
 
-OPERATED = WALKS + ["pause", "resume", "resume", "limit", "limit", "move", "move"]
+OPERATED = WALKS + ["pause", "resume", "resume", "limit", "limit", "move", "move", "configure"]
 
 
 @pytest.mark.proves(

@@ -113,13 +113,29 @@ local function end_move(q, tag, inc)
   end
 end
 
+-- Whether the lease may go on under the limit that is configured now, which may be another one than
+-- when it was opened. Raised: it lets what it has out end, then has one out as all do. Lowered: those
+-- that end first go.
+local function keep_to_limit(l)
+  local now = concurrency(l.q, l.tag)
+  if now == l.cn then return true end
+  if now < l.cn and #holders(l.q, l.tag) > now then return false end
+  if #l.out == 0 then
+    l.cn = now
+    redis.call('HSET', slot_key(l.inc, l.i), 'cn', now)
+  else
+    l.depth = 1
+  end
+  return true
+end
+
 -- Dispatch entries of the lease's tag until it has its share out: two where the slot is a process,
 -- one else, for a tag with several leases and behind a batch task. Past its share only while no other
 -- tag waits. A lease of more than the tag may have now (limit; its cn is 0) gets nothing.
 local function pump(l, w)
   if conf(l.q).still or l.cn == 0 or not serves(w, l.q, l.i) then return 0 end
-  if on_hold(l.q, l.tag) or barred(l.q, l.tag, l.inc) then return 0 end
-  local depth = l.cn > 1 and 1 or w.depth
+  if on_hold(l.q, l.tag) or barred(l.q, l.tag, l.inc) or not keep_to_limit(l) then return 0 end
+  local depth = l.depth or (l.cn > 1 and 1 or w.depth)
   local sent = 0
   while #l.out < depth do
     if is_full(l) and others_wait(w) then break end

@@ -34,16 +34,19 @@ local function halt(q, tag, why)
 end
 
 -- Put a tag into the ring if it has a backlog and room under its concurrency. With more than
--- one lease a tag waits until its last dispatch has started, so that starts keep their order.
+-- one lease a tag waits until its last dispatch has started, so that starts keep their order; a lease
+-- that was opened when it was the only one may have two out, and says when it has no more (pump).
 local function enlist(q, tag, to_front)
   if redis.call('EXISTS', backlog_key(q, tag)) == 0 then
     if conf(q).marks then redis.call('ZREM', queue_key(q, 'big'), tag) end
     return
   end
   if on_hold(q, tag) then return end
-  local held = #holders(q, tag)
-  if held > 0 then
-    if held >= concurrency(q, tag) then return end
+  local slots = holders(q, tag)
+  if #slots > 0 then
+    if #slots >= concurrency(q, tag) then return end
+    local inc, i = string.match(slots[1], '^([^:]+):(.+)$')
+    if #slots == 1 and redis.call('HGET', slot_key(inc, i), 'cn') == '1' then return end
     if redis.call('SISMEMBER', queue_key(q, 'unst'), tag) == 1 then return end
   end
   local ring = queue_key(q, 'ring')
