@@ -32,7 +32,8 @@ from celery_affinity.remote_control import refuse_in_replies, steer
 from celery_affinity.revoking import note_revokes
 from celery_affinity.service import SchedulerService
 from celery_affinity.settings import AffinityQueue, AffinitySettings, resolve
-from celery_affinity.task import TagFrom, declare, derive_tag, pending_queue
+from celery_affinity.tagging import derive_tag
+from celery_affinity.task import TagFrom, declare, pending_queue
 from celery_affinity.topology import RedisNames
 
 __all__ = ("Affinity",)

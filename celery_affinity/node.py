@@ -21,8 +21,8 @@ from celery_affinity.keys import Keys
 from celery_affinity.namesake import Namesake
 from celery_affinity.node_info import slots_of
 from celery_affinity.pulse import Pulse
+from celery_affinity.reception import Strategy, requeue_unknown_tasks
 from celery_affinity.reporter import Reporter
-from celery_affinity.request import requeue_unknown_tasks, strategy_for
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.topology import worker_queue, worker_queue_name
@@ -205,7 +205,7 @@ class Node:
             else consumer.on_task_request
         )
         for name, task in self.app.tasks.items():
-            consumer.strategies[name] = strategy_for(
+            consumer.strategies[name] = Strategy(
                 task, self.app, consumer, consumer.strategies[name], self.reporter, to_pool
             )
         most = (lambda: self.slots) if getattr(self._worker, "autoscaler", None) else None

@@ -1,9 +1,7 @@
-"""Dispatched messages in the worker's parent process: what is received, and how it ends there.
+"""A dispatched message's request in the worker's parent: what is seen of it, how it ends there.
 
-An ordinary message takes Celery's own strategy. A dispatched one (it carries the ledger's stamp)
-takes this one: it is neither acked nor rejected, its due time is over, a message that cannot be
-made a request is buried instead of stopping the worker, and of a copy that the gate refuses
-nothing is seen.
+It is neither acked nor rejected, its due time is over, and of a copy that the gate refuses nothing
+is seen.
 """
 
 from __future__ import annotations
@@ -15,20 +13,16 @@ from functools import partial
 from typing import Any, Protocol
 
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
-from celery import signals
-from celery.app import trace as celery_trace
 from celery.concurrency.base import BasePool
 from celery.exceptions import InvalidTaskError
-from celery.utils.imports import symbol_by_name
 from celery.worker import state as worker_state
-from celery.worker.request import create_request_cls
 
 from celery_affinity.batch_calls import EVENTS_HEADER, Mates, mates_of
 from celery_affinity.gate import REFUSED
 from celery_affinity.held import Held
-from celery_affinity.message import REVOKED_HEADER, STAMP_HEADER, TAG_HEADER, Stamp
+from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp
 
-__all__ = ("LedgerEnds", "requeue_unknown_tasks", "strategy_for")
+__all__ = ("DispatchedRequest", "LedgerEnds")
 
 logger = logging.getLogger(__name__)
 
@@ -344,115 +338,3 @@ def never_requeued(task: Any, fail: Callable[..., Any]) -> Callable[..., Any]:
                 setattr(task, name, value)
 
     return failing
-
-
-def strategy_for(
-    task: Any, app: Any, consumer: Any, stock: Any, ends: LedgerEnds, to_pool: Callable[[Any], None]
-) -> Any:
-    """Celery's strategy for a task, with the one for dispatched messages in front.
-
-    Arguments:
-        stock: The strategy that Celery has built.
-        to_pool: Hands a request to the pool.
-    """
-    stock_class = create_request_cls(
-        symbol_by_name(task.Request),
-        task,
-        consumer.pool,
-        consumer.hostname,
-        consumer.event_dispatcher,
-        app=app,
-    )
-    request_class = type(
-        "DispatchedRequest",
-        (DispatchedRequest, stock_class),
-        {"affinity_ends": ends, "affinity_in_process": not consumer.pool.uses_semaphore},
-    )
-    bucket_of = consumer.task_buckets.__getitem__
-
-    def receive(message: Any, stamp: Stamp) -> None:
-        req = request_class(
-            message,
-            app=app,
-            hostname=consumer.hostname,
-            eventer=consumer.event_dispatcher,
-            task=task,
-            connection_errors=consumer.connection_errors,
-            body=message.body,
-            headers=message.headers,
-            decoded=False,
-            utc=app.uses_utc_timezone(),
-        )
-        data = {
-            "id": req.id,
-            "name": req.name,
-            "args": req.argsrepr,
-            "kwargs": req.kwargsrepr,
-            "eta": None,
-        }
-        logger.info(celery_trace.LOG_RECEIVED, data, extra={"data": data})
-        if message.headers.get(REVOKED_HEADER):
-            worker_state.revoked.add(req.id)
-        if (req.expires or req.id in worker_state.revoked) and req.revoked():
-            return
-        signals.task_received.send(sender=consumer, request=req)
-        if req.first_copy:
-            req.announce_received()
-        bucket = None if consumer.disable_rate_limits else bucket_of(task.name)
-        if bucket:
-            consumer._limit_task(req, bucket, 1)
-            return
-        worker_state.task_reserved(req)
-        for callback in consumer.on_task_message:
-            callback(req)
-        to_pool(req)
-
-    def handler(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> Any:
-        stamp = Stamp.parse((message.headers or {}).get(STAMP_HEADER))
-        if stamp is None:
-            return stock(message, body, ack, reject, callbacks)
-        try:
-            receive(message, stamp)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"[:1000]
-            ends.discard(stamp, "bury", reason)
-            ends.held.ended(stamp)
-            logger.exception(
-                "Buried a message that is not a usable task: %s",
-                reason,
-                extra={"action": "bury", "reason": reason},
-            )
-        return None
-
-    return handler
-
-
-def requeue_unknown_tasks(consumer: Any, ends: LedgerEnds) -> None:
-    """Give back dispatched messages whose task this worker does not know.
-
-    Where no worker is left that may know it, the ledger buries it and Celery's own handler tells
-    whoever waits for the result.
-    """
-    stock = type(consumer).on_unknown_task
-
-    def on_unknown_task(body: Any, message: Any, exc: Exception) -> None:
-        stamp = Stamp.parse((message.headers or {}).get(STAMP_HEADER))
-        if stamp is not None and not ends.discard(stamp, "unknown", str(message.headers["task"])):
-            logger.warning(
-                "Task %s[%s] is unknown here; it goes to a worker that knows it.",
-                message.headers["task"],
-                message.headers.get("id"),
-                extra={"action": "requeue_unknown", "task": message.headers["task"]},
-            )
-            return
-        stock(consumer, body, message, exc)
-        if stamp is not None:
-            logger.warning(
-                "Buried task %s[%s], which no worker of its queue knows: it was not discarded, it "
-                "is in the dead letters.",
-                message.headers["task"],
-                message.headers.get("id"),
-                extra={"action": "bury", "task": message.headers["task"]},
-            )
-
-    consumer.on_unknown_task = on_unknown_task
