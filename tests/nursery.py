@@ -6,8 +6,9 @@ to its end: the module as `__main__`, with the command line, environment, direct
 signals of a process of its own, and the interpreter's own end. The app's module is imported there,
 so that it may read its environment. tests/integration/test_nursery.py compares the two.
 
-What differs: forks share the seed of `hash`, their name in `ps`, and which modules are imported
-already, so that one that the library forgets to import is not missed. Hence some laws stay on real
+What differs: forks share the seed of `hash`, their name in `ps`, which modules are imported
+already, so that one that the library forgets to import is not missed, and the collector leaves
+alone what was there before the fork. Hence some laws stay on real
 starts (`real=True` of `Cluster.worker` and `Cluster.beat`): all of gevent, which has to patch
 before the imports; acceptance/test_plain_celery.py; in test_setup.py those of the command line
 and the banner, with `-S affinity` found by its entry point; in test_start_refusals.py; the demo's,
@@ -19,6 +20,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -197,6 +199,10 @@ class _Parent:
         self._die = die_with_parent()
         for name in _IMPORTS:
             importlib.import_module(name)
+        # A collector that walks them in each fork copies their pages: that was half of the CPU of a
+        # worker's start and end.
+        gc.collect()
+        gc.freeze()
         assert threading.active_count() == 1, "a fork has the thread that forks only"
         self._wakeup, self._wake = os.pipe()
         os.set_blocking(self._wakeup, False)

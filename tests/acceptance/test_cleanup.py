@@ -26,6 +26,7 @@ from celery_affinity.embedded import Server
 from celery_affinity.types import SlotRecord
 from harness import Cluster, wait_for_ends, wait_until
 from history import History
+from pools import long
 
 pytestmark = pytest.mark.acceptance
 
@@ -138,7 +139,7 @@ def test_workers_that_are_gone_leave_no_key_no_binding_and_no_queue(
     print("left:", sorted(names(redis)))
 
 
-@pytest.mark.parametrize("pool, concurrency", [("prefork", 2), ("threads", 2), ("solo", 1), ("gevent", 2)])
+@pytest.mark.parametrize("pool, concurrency", [("prefork", 2), ("threads", 2), pytest.param("solo", 1, marks=long), pytest.param("gevent", 2, marks=long)])
 def test_workers_are_seen_idle_then_running_then_idle(
     cluster: Cluster, history_path: Path, producer: Producer, pool: str, concurrency: int
 ) -> None:

@@ -21,8 +21,9 @@ import yaml
 
 from celery_affinity.embedded import Server
 from harness import Cluster, Node, wait_until
+from pools import long
 
-pytestmark = pytest.mark.acceptance
+pytestmark = [pytest.mark.acceptance, long]
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from harness import wait_until
+from pools import long
 
 pytestmark = pytest.mark.acceptance
 
@@ -56,6 +57,7 @@ def output(tmp_path: Path) -> str:
     return (tmp_path / "output").read_text()
 
 
+@long
 @pytest.mark.parametrize("demo", ["5"], indirect=True)
 def test_every_digest_is_that_of_one_process_alone(
     demo: subprocess.Popen[str], tmp_path: Path
@@ -67,7 +69,7 @@ def test_every_digest_is_that_of_one_process_alone(
 
 
 @pytest.mark.parametrize("demo", ["20"], indirect=True)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=long), signal.SIGKILL])
 def test_a_stopped_demo_leaves_no_process_behind(
     demo: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
 ) -> None:

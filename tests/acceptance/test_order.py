@@ -17,6 +17,7 @@ from redis import Redis
 from acceptance.support import APP, LEAN, QUICK, Producer, leading, per_second, start
 from harness import Cluster, wait_for_ends
 from history import History, Run
+from pools import long
 
 pytestmark = pytest.mark.acceptance
 
@@ -28,7 +29,7 @@ def producer(cluster: Cluster) -> Producer:
     return Producer(cluster.broker_url)
 
 
-@pytest.mark.parametrize("pool, concurrency", [("prefork", 2), ("threads", 2), ("solo", 1), ("gevent", 4)])
+@pytest.mark.parametrize("pool, concurrency", [("prefork", 2), ("threads", 2), pytest.param("solo", 1, marks=long), pytest.param("gevent", 4, marks=long)])
 def test_one_queue_one_worker_one_tag_runs_in_order(
     cluster: Cluster, history_path: Path, producer: Producer, pool: str, concurrency: int
 ) -> None:

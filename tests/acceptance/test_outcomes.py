@@ -27,12 +27,13 @@ from acceptance.support import LEAN, QUICK, Producer, wait_for_nodes
 from celery_affinity.embedded import Server, start_server
 from harness import RESULTS_VARIABLE, Cluster, wait_until
 from history import History, Run, record
+from pools import POOLS, long
 
 pytestmark = pytest.mark.acceptance
 
 OUTCOMES = "acceptance.apps.outcomes"
 #: pool -> its size.
-POOLS = {"prefork": 4, "threads": 4, "solo": 1, "gevent": 8}
+CONCURRENCY = {"prefork": 4, "threads": 4, "solo": 1, "gevent": 8}
 MAX_DELIVERIES = 2
 CGROUPS = Path("/sys/fs/cgroup/memory")
 CGROUP_BYTES = 300 << 20
@@ -106,7 +107,7 @@ def outcome(name: str, everywhere: str = "", **pools: str) -> Callable[..., None
     """Declare what comes of an outcome, on all pools or by pool."""
 
     def declare(script: Callable[[Tag], Script]) -> None:
-        _outcomes[name] = script, pools or dict.fromkeys(POOLS, everywhere)
+        _outcomes[name] = script, pools or dict.fromkeys(CONCURRENCY, everywhere)
 
     return declare
 
@@ -409,10 +410,10 @@ def proofs(pool: str) -> list[pytest.MarkDecorator]:
     return [
         pytest.mark.proves(name if name[0].isdigit() else f"outcome: {name}", pools[pool])
         for name, (_, pools) in _outcomes.items() if pool in pools
-    ]
+    ] + [long] * (pool in ("solo", "gevent"))
 
 
-@pytest.mark.parametrize("pool", [pytest.param(pool, marks=proofs(pool)) for pool in POOLS])
+@pytest.mark.parametrize("pool", [pytest.param(pool, marks=proofs(pool)) for pool in CONCURRENCY])
 def test_every_end_of_a_task_settles_it_once_and_its_tag_goes_on(
     cgroup: str, cluster: Cluster, history_path: Path, producer: Producer, pool: str
 ) -> None:
@@ -421,7 +422,7 @@ def test_every_end_of_a_task_settles_it_once_and_its_tag_goes_on(
         "AFFINITY_TEST_QUEUE": json.dumps({"max_deliveries": MAX_DELIVERIES}),
     }
     node = cluster.worker(
-        OUTCOMES, queues="jobs", concurrency=POOLS[pool], pool=pool, environ=environ, extra=LEAN
+        OUTCOMES, queues="jobs", concurrency=CONCURRENCY[pool], pool=pool, environ=environ, extra=LEAN
     )
     wait_for_nodes(producer.affinity, 1)
     tags = {name: Tag(name, pool, producer) for name, (_, pools) in _outcomes.items() if pool in pools}
@@ -434,7 +435,7 @@ def test_every_end_of_a_task_settles_it_once_and_its_tag_goes_on(
     stats = producer.affinity.stats("jobs")
     assert (stats.settled, stats.dead) == (settled, dead), "each entry is counted once"
     assert node.alive
-    wait_until(lambda: producer.affinity.stats("jobs").idle_slots == POOLS[pool], what="free slots")
+    wait_until(lambda: producer.affinity.stats("jobs").idle_slots == CONCURRENCY[pool], what="free slots")
     look(tags, history_path)
     for tag in tags.values():
         assert not beside_each_other(tag.runs), tag.name
@@ -548,7 +549,7 @@ def end_without(
     keep_results(producer.app, results.url())
     environ = {**QUICK, "AFFINITY_TEST_QUEUE": json.dumps(queue)}
     cluster.worker(
-        OUTCOMES, queues="jobs", concurrency=POOLS[pool], pool=pool, environ=environ, extra=LEAN
+        OUTCOMES, queues="jobs", concurrency=CONCURRENCY[pool], pool=pool, environ=environ, extra=LEAN
     )
     wait_for_nodes(producer.affinity, 1)
     tag = Tag("down", pool, producer)

@@ -24,6 +24,7 @@ from acceptance.support import (
 )
 from celery_affinity.types import WorkerRecord
 from harness import Cluster, Node, is_gone, wait_until
+from pools import GEVENT
 
 pytestmark = pytest.mark.acceptance
 
@@ -74,7 +75,7 @@ def test_no_process_of_a_killed_parent_runs_once_its_lease_has_passed_on(
 
 
 @pytest.mark.proves("10: a worker is frozen past its lease while messages for it wait", "starts nothing before it has registered anew")
-@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
+@pytest.mark.parametrize("pool", ["prefork", "threads", GEVENT])
 def test_a_frozen_worker_starts_nothing_before_it_has_registered_anew(
     cluster: Cluster, history_path: Path, producer: Producer, pool: str
 ) -> None:

@@ -20,10 +20,10 @@ from acceptance.support import (
 from celery_affinity.embedded import Server
 from harness import Cluster, wait_for_ends, wait_until
 from history import History
+from pools import POOLS
 
 pytestmark = pytest.mark.acceptance
 
-POOLS = ("prefork", "threads", "solo", "gevent")
 NOBODY = "Nobody schedules the affinity queue 'jobs'"
 TAGS = [f"tag-{number}" for number in range(8)]
 

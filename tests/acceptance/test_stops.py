@@ -18,11 +18,11 @@ from acceptance.support import LEAN, WORKER_ONLY, Producer, runs, wait_for_nodes
 from celery_affinity.embedded import Server, start_server
 from harness import BROKER_VARIABLE, Cluster, LineCounter, Node, wait_until
 from history import HISTORY_VARIABLE, History
+from pools import POOLS
 
 pytestmark = pytest.mark.acceptance
 
 APP = "acceptance.apps.stopping"
-POOLS = ["prefork", "threads", "solo", "gevent"]
 #: Those on which a cold stop can end a running task; on the others it finishes.
 ENDS_TASKS = ("prefork", "gevent")
 LONG_SECONDS = 1.5

@@ -31,6 +31,7 @@ from celery_affinity.message import MAX_BODY_BYTES, MAX_MESSAGE_BYTES, tag_text
 from fuzzing import anything
 from harness import RESULTS_VARIABLE, Cluster, Node, wait_until
 from history import History
+from pools import SOLO, long
 
 pytestmark = pytest.mark.acceptance
 
@@ -225,7 +226,7 @@ def idle(producer: Producer, count: int = 2) -> bool:
     "bad input: 28 kinds of unusable messages",
     "each is buried with its reason, FAILURE is stored if it has an id; the worker and its neighbours go on",
 )
-@pytest.mark.parametrize("pool", ["prefork", "shared prefork", "threads", "solo"])
+@pytest.mark.parametrize("pool", ["prefork", pytest.param("shared prefork", marks=long), "threads", SOLO])
 def test_no_poison_kills_or_wedges_a_worker_and_each_is_buried_with_its_reason(
     cluster: Cluster, history_path: Path, producer: Producer, pool: str
 ) -> None:

@@ -21,6 +21,7 @@ from demo.store import Link, Store, store_path
 
 TAG = "some-distribution"
 FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["pytest", "demo.index", "demo.reference", "demo.search"])
 
 
 @pytest.fixture

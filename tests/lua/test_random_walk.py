@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from celery_affinity.operator_scripts import OperatorScripts
+from pools import long
 
 from .conftest import Bench, Copy, Node
 
@@ -295,6 +296,9 @@ WALKS = (
 )
 
 
+#: Eight of them in `make test`.
+SEEDS = [pytest.param(seed, marks=[long] * (seed >= 8)) for seed in range(24)]
+
 OPERATED = WALKS + ["pause", "resume", "resume", "limit", "limit", "move", "move", "configure"]
 
 
@@ -303,13 +307,13 @@ OPERATED = WALKS + ["pause", "resume", "resume", "limit", "limit", "move", "move
     "lawful histories",
 )
 @pytest.mark.parametrize("batches", [0.0, 0.7])
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_random_walk_with_crashes_is_lawful(bench: Bench, seed: int, batches: float) -> None:
     walk(bench, seed, WALKS, batches)
 
 
 @pytest.mark.parametrize("batches", [0.0, 0.7])
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_random_walk_with_crashes_and_operators_is_lawful(
     bench: Bench, seed: int, batches: float
 ) -> None:

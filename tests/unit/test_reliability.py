@@ -30,6 +30,9 @@ DOCUMENT = "before\n<!-- reliability: begin -->\n<!-- reliability: end -->\nafte
 @pytest.fixture
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    # Of all plugins its own runs need only that of `-n`.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTEST_PLUGINS", "xdist.plugin")
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     pytester.makeini("[pytest]\nmarkers = proves(fault, result): x")
     pytester.makeconftest('pytest_plugins = ["reliability"]')
