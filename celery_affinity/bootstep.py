@@ -6,6 +6,8 @@ from typing import Any
 
 from celery import bootsteps
 
+from celery_affinity import internals
+
 __all__ = ("ConsumerStep", "WorkerStep")
 
 
@@ -33,6 +35,10 @@ class ConsumerStep(bootsteps.StartStopStep):  # type: ignore[misc]
     """Receives dispatched messages after each (re)connection; leaves at the very end."""
 
     requires = ("celery.worker.consumer:Tasks",)
+
+    def __init__(self, consumer: Any, **kwargs: Any) -> None:
+        internals.outlive_lost_connections(consumer)
+        super().__init__(consumer, **kwargs)
 
     def start(self, consumer: Any) -> None:
         """The strategies and tracers were built anew."""

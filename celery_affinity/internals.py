@@ -7,6 +7,8 @@ Each touch, the probe that meets a Celery that differs, and what happens then:
   retries are published to the pending queue, and a wait for a task of the own tag is not refused.
 - `worker.wait_for_soft_shutdown` is wrapped to drain at once: `call_before_cold_stop`; without it
   (5.4) the worker drains at its signal `worker_shutting_down`.
+- `consumer.on_connection_error_after_connected` is wrapped, so that a close that fails does not end
+  the worker: `outlive_lost_connections`; without it such a worker has to be started again.
 - `amqp.queues._consume_from` says what a worker consumes: `selected_queues`; no start.
 
 (Celery's classes are built on, not touched: the prefork pool in slot_pool.py and resizing.py,
@@ -38,6 +40,7 @@ __all__ = (
     "call_before_cold_stop",
     "consume_worker_queues",
     "native_thread",
+    "outlive_lost_connections",
     "refusal",
     "selected_queues",
     "settle_own_retries",
@@ -262,6 +265,43 @@ def call_before_cold_stop(worker: Any, call: Callable[[], None]) -> None:
         wait()
 
     worker.wait_for_soft_shutdown = wait_for_soft_shutdown
+
+
+# Connections
+
+
+def outlive_lost_connections(consumer: Any) -> None:
+    """Have a lost connection that cannot even be closed not end the worker.
+
+    Celery closes it twice, by `collect` and by `close`. Where the end of one channel has stopped
+    the first half way, the second meets a channel whose transport is gone: an AttributeError, which
+    ends the worker as unrecoverable. Seen when Redis was restarted on a busy machine; kombu 5.7.0.
+    """
+    reconnect = getattr(consumer, "on_connection_error_after_connected", None)
+    if reconnect is None:
+        return
+
+    def on_connection_error_after_connected(error: Exception) -> None:
+        if consumer.connection is not None:
+            _close_in_any_case(consumer.connection)
+        reconnect(error)
+
+    consumer.on_connection_error_after_connected = on_connection_error_after_connected
+
+
+def _close_in_any_case(connection: Any) -> None:
+    close = connection.close
+
+    def closed() -> None:
+        try:
+            close()
+        except Exception as error:
+            logger.warning(
+                "The lost connection could not be closed, and is left behind: %r", error,
+                extra={"action": "connection_left"},
+            )
+
+    connection.close = closed
 
 
 # Threads

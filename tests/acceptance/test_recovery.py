@@ -32,7 +32,7 @@ from acceptance.support import (
 )
 from celery_affinity.embedded import Server
 from celery_affinity.types import WorkerRecord
-from harness import RESULTS_VARIABLE, Cluster, Node, wait_for_ends, wait_until
+from harness import RESULTS_VARIABLE, Cluster, Node, allowed, wait_for_ends, wait_until
 from history import History, Run
 
 pytestmark = pytest.mark.acceptance
@@ -77,10 +77,11 @@ def test_a_killed_workers_tags_run_elsewhere_within_the_heartbeat_timeout(
     history = finished(history_path)
     elsewhere = first_starts(history.runs, killed, lambda run: run.worker != victim.name)
     # A tag may have run its last task between the look at the slots and the kill.
+    late = allowed(1)
     after = {tag: round(elsewhere[tag], 2) for tag in held if tag in elsewhere}
     print(f"ran elsewhere after {after} s; {history.reruns()} reruns")
     assert after
-    assert max(after.values()) <= HEARTBEAT_TIMEOUT_SECONDS + 1
+    assert max(after.values()) <= HEARTBEAT_TIMEOUT_SECONDS + late
     assert history.reruns() <= 2, "a task more than once, for each slot of the victim"
 
 
@@ -88,13 +89,14 @@ def test_a_killed_workers_tags_run_elsewhere_within_the_heartbeat_timeout(
     "6: the scheduling leader is killed or stopped",
     "another one dispatches within leader_ttl + 1 s; after a stop within 1 s",
 )
-@pytest.mark.parametrize("how, ceiling", [("kill9", LEADER_TTL_SECONDS + 1), ("term", 1.0)])
+@pytest.mark.parametrize("how, ceiling", [("kill9", LEADER_TTL_SECONDS), ("term", 0.0)])
 def test_a_leader_that_goes_is_replaced(
     cluster: Cluster, history_path: Path, producer: Producer, how: str, ceiling: float
 ) -> None:
-    """Killed: within its time to live. Stopped: at once."""
+    """Killed: within its time to live. Stopped: at once, however long that is."""
     cluster.worker(APP, queues="jobs", concurrency=2, environ={**QUICK, **WORKER_ONLY}, extra=LEAN)
-    beats = [cluster.beat(APP, name, environ=QUICK) for name in ("beat-1", "beat-2")]
+    environ = {**QUICK, "AFFINITY_LEADER_TTL": str(ceiling or 30)}
+    beats = [cluster.beat(APP, name, environ=environ) for name in ("beat-1", "beat-2")]
     wait_for_nodes(producer.affinity, 1)
     leader = leading(producer.affinity, beats)
     for beat in beats:
@@ -109,6 +111,7 @@ def test_a_leader_that_goes_is_replaced(
     producer.send_each(TAGS)
 
     wait_for_ends(history_path, 2 * len(TAGS))
+    ceiling += allowed(1)
     history = History.load(history_path)
     history.assert_lawful()
     seconds = min(first_starts(history.runs, gone, lambda run: run.seq == 1).values())
@@ -137,9 +140,10 @@ def test_with_role_both_whichever_dies_the_other_goes_on(
     producer.send_each(["new"], 2)
 
     history = finished(history_path)
+    late = allowed(1)
     new = first_starts(history.runs, killed, lambda run: run.tag == "new")["new"]
     print(f"{victim} died: a new tag started {new:.2f} s later, {history.reruns()} reruns")
-    assert new <= LEADER_TTL_SECONDS + 1
+    assert new <= LEADER_TTL_SECONDS + late
     assert history.reruns() <= 2
 
 

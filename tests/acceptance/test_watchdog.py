@@ -10,7 +10,7 @@ import pytest
 import acceptance.apps.newer  # noqa: F401  (the test's producer knows its tasks)
 from acceptance.support import LEAN, QUICK, Producer, finished, runs, wait_for_nodes, wait_for_run
 from celery_affinity.embedded import Server
-from harness import RESULTS_VARIABLE, Cluster, is_gone, wait_until
+from harness import RESULTS_VARIABLE, Cluster, allowed, is_gone, wait_until
 
 pytestmark = pytest.mark.acceptance
 
@@ -43,9 +43,10 @@ def test_a_task_ends_before_its_lease_when_the_worker_is_cut_off(
     cut_at = time.monotonic()
     wait_until(lambda: is_gone(running.pid), 10, "the end of the task")
     took = time.monotonic() - cut_at
+    late = allowed(0.5)
     server.resume()
 
-    assert 0.5 < took < 2.5, took  # of the 2 s that the lease lasts from the last beat on
+    assert 0.5 < took < 2 + late, took  # of the 2 s that the lease lasts from the last beat on
     if pool == "threads":
         worker.wait()  # without processes of its own it is the worker that ends
         worker.start()

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,20 @@ class Chaos:
         self.system.close()
         self.server.close()
 
-    def load(self, seconds: float, *, chaos: bool) -> float:
-        """Work for so long; returns tasks done in a second."""
+    def load(
+        self, seconds: float, *, chaos: bool, enough: Callable[[], bool] = lambda: True
+    ) -> float:
+        """Work for so long; returns tasks done in a second.
+
+        Arguments:
+            chaos: Whether the nemesis is at work.
+            enough: If not, it goes on: on a machine that is busy otherwise little happens in a while.
+        """
         self.tail.read()
         begin, before = now(), len(self.tail.done)
         if chaos:
             self.nemesis.start()
-        while now() < begin + seconds:
+        while now() < begin + seconds or (now() < begin + 5 * seconds and not enough()):
             self.faults.run_due()
             if chaos:
                 self.nemesis.step()
@@ -118,8 +126,12 @@ class Chaos:
 
     def verbs(self) -> Counter[str]:
         """How often each verb was applied since the last call."""
-        new, self._verbs = self.faults.log[self._verbs:], len(self.faults.log)
-        return Counter(fault.verb for fault in new)
+        found, self._verbs = self.verbs_so_far(), len(self.faults.log)
+        return found
+
+    def verbs_so_far(self) -> Counter[str]:
+        """The same, and the next call tells them again."""
+        return Counter(fault.verb for fault in self.faults.log[self._verbs:])
 
 
 def run(

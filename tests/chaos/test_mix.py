@@ -37,7 +37,12 @@ def chaos(server_binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_seeded_mix_of_faults_breaks_no_promise(chaos: Chaos) -> None:
     chaos.workload = Workload(chaos.system.producer, chaos.tail, SEED, backlog=60)
     chaos.system.wait_until_whole()
-    rate = chaos.load(CHAOS_SECONDS, chaos=True)
+
+    def enough() -> bool:
+        verbs = chaos.verbs_so_far()
+        return "kill_redis" in verbs and verbs.total() >= 6 and len(chaos.tail.starts) > 100
+
+    rate = chaos.load(CHAOS_SECONDS, chaos=True, enough=enough)
 
     found = chaos.settle()
 

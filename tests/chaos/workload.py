@@ -10,6 +10,8 @@ from acceptance.support import Producer
 from chaos.tail import Tail
 
 TAGS = 40
+#: At most in one step.
+BURSTS = 4
 #: Kinds of tasks and how many of a hundred they are.
 MIX = {"work": 85, "flaky": 6, "thrice": 2, "boom": 6, "long": 1}
 
@@ -38,11 +40,12 @@ class Workload:
         self._weights = [(rank + 1) ** -0.6 for rank in range(TAGS)]
 
     def step(self) -> None:
-        """Send a few bursts if little waits."""
-        self._tail.read()
-        while len(self._tail.sent) - len(self._tail.done) < self._backlog:
-            self._burst()
+        """Send a few bursts if little waits; never more, however fast the workers are: faults are due."""
+        for _ in range(BURSTS):
             self._tail.read()
+            if len(self._tail.sent) - len(self._tail.done) >= self._backlog:
+                return
+            self._burst()
 
     def _burst(self) -> None:
         tag = f"tag-{self._random.choices(range(TAGS), self._weights)[0]}"

@@ -1,0 +1,58 @@
+"""What a worker does with a lost connection that cannot be closed: Celery's own code, a broken connection."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.worker.consumer import Consumer
+
+from celery_affinity import bootstep
+
+
+class Broken:
+    """As kombu's after a `collect` that stopped half way: closing it meets a channel without transport."""
+
+    connection_errors = channel_errors = (ConnectionError,)
+
+    def collect(self, socket_timeout: float | None = None) -> None:
+        raise ConnectionError("refused")
+
+    def close(self) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'hostname'")
+
+
+def consumer() -> Any:
+    app = Celery(set_as_current=False)
+    app.conf.worker_enable_prefetch_count_reduction = False
+    made = SimpleNamespace(app=app, connection=Broken())
+    made.on_connection_error_after_connected = lambda error: (
+        Consumer.on_connection_error_after_connected(made, error)
+    )
+    return made
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+def test_a_lost_connection_that_cannot_be_closed_does_not_end_the_worker(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broken = consumer()
+    bootstep.ConsumerStep(broken)
+    connection = broken.connection
+    with caplog.at_level(logging.WARNING):
+        broken.on_connection_error_after_connected(ConnectionError("closed by server"))
+        if broken.connection is not None:  # Celery before 5.7 leaves it to its next start
+            connection.close()
+    assert "could not be closed" in caplog.text and "hostname" in caplog.text
+
+
+def test_a_consumer_without_a_connection_reconnects_as_ever() -> None:
+    seen: list[Exception] = []
+    made = SimpleNamespace(connection=None, on_connection_error_after_connected=seen.append)
+    bootstep.ConsumerStep(made)
+    error = ConnectionError("closed by server")
+    made.on_connection_error_after_connected(error)
+    assert seen == [error]
