@@ -3,14 +3,15 @@
 -- KEYS[1] namespace prefix   KEYS[2] a hash of messages by entry, or a list of them
 -- ARGV    the task's id, cursor ('0' at first), how many messages and how many bytes end a page
 -- Returns {cursor, '0' when through; entry, or place in the list from its oldest on (1, 2, ...), or ''}
--- A page is read in steps that grow while messages are small: it ends soon after either number is
--- reached, and answers of 16 small messages cost Redis a quarter less than those of 500.
+-- A page is read in steps, smaller where messages are long: it ends soon after either number is reached.
+-- Answers of 16 small messages cost Redis a quarter less than those of 500, which it puts together in
+-- one string first; with 500 of 1 MB that took 37 s.
 -- @include base
 local id, cursor, most, most_bytes = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local plain, dense = '"id": "' .. id .. '"', '"id":"' .. id .. '"'
 local is_list = redis.call('TYPE', KEYS[2]).ok == 'list'
 local find = string.find
-local looked, bytes, step = 0, 0, 4
+local looked, bytes, step = 0, 0, 1
 
 local function has(raw)
   bytes = bytes + #raw
@@ -41,6 +42,7 @@ repeat
   local found = (is_list and look_in_list or look_in_hash)()
   if found then return {'0', found} end
   -- A list is sought from its end each time, which costs more the deeper it is looked into.
-  step = bytes * 4 < most_bytes and math.min(step * 4, is_list and 256 or 16) or 4
+  step = math.min(step * 4, is_list and 256 or 16)
+  if bytes > 0 then step = math.max(1, math.min(step, math.floor(most_bytes / 8 * looked / bytes))) end
 until cursor == '0' or looked >= most or bytes >= most_bytes
 return {cursor, ''}
