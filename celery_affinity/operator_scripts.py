@@ -53,11 +53,11 @@ class OperatorScripts(Scripts):
         done, waiting, *running = self._call("revoke_tag", state, tag)
         return (int(waiting), [int(entry) for entry in running]) if done == 1 else None
 
-    def find(self, key: str, task_id: str, page: int) -> int | None:
+    def find(self, key: str, task_id: str, page: int, page_bytes: int) -> int | None:
         """The entry of a task's message, or its place in a list; see find.lua. Reads only."""
         cursor = b"0"
         while True:
-            cursor, found = self._call("find", task_id, cursor, page, lists=[key])
+            cursor, found = self._call("find", task_id, cursor, page, page_bytes, lists=[key])
             if found:
                 return int(found)
             if cursor == b"0":
