@@ -15,7 +15,6 @@ from typing import Any
 from uuid import uuid4
 
 from amqp import Message
-from amqp import Message
 from kombu import Queue
 
 from celery_affinity.broker import Taken, UnusableMessage
