@@ -93,7 +93,7 @@ class Explainer:
             "hold": ("ZSCORE", key(state, "hold"), tag),
             **{
                 f"pending {name}": ("LLEN", name)
-                for name in self._delivery.pending_lists(self._queue.pending)
+                for name in self._delivery.pending_lists(self._queue)
             },
             **{
                 name: ("HGET", key(state, where), tag)
@@ -225,7 +225,7 @@ class Explainer:
         entry = self._find(key(state, "deadm"), task_id)
         if entry is not None:
             return self._buried(task_id, entry)
-        for pending in self._delivery.pending_lists(self._queue.pending):
+        for pending in self._delivery.pending_lists(self._queue):
             place = self._find(pending, task_id)
             if place is not None:
                 return TaskExplanation(self._queue.name, task_id, "pending", place)

@@ -17,7 +17,7 @@ from celery.utils.imports import symbol_by_name
 from celery.worker import state as worker_state
 from celery.worker.request import create_request_cls
 
-from celery_affinity.message import REVOKED_HEADER, STAMP_HEADER, Stamp
+from celery_affinity.message import REVOKED_HEADER, ROUTE_HEADER, STAMP_HEADER, Stamp
 from celery_affinity.request import DispatchedRequest, LedgerEnds
 
 __all__ = ("Strategy", "requeue_unknown_tasks")
@@ -71,6 +71,7 @@ class Strategy:
         stamp = Stamp.parse((message.headers or {}).get(STAMP_HEADER))
         if stamp is None:
             return self.stock(message, body, ack, reject, callbacks)
+        _as_sent(message)
         try:
             self._receive(self._request(message), message)
         except Exception as error:
@@ -125,6 +126,14 @@ class Strategy:
         for callback in consumer.on_task_message:
             callback(req)
         self.to_pool(req)
+
+
+def _as_sent(message: Any) -> None:
+    """Have it come as its producer had sent it, as it does on Redis: a retry is sent that way."""
+    route = message.headers.pop(ROUTE_HEADER, None)
+    if isinstance(route, (list, tuple)) and len(route) == 2:
+        info = message.delivery_info or {}
+        message.delivery_info = {**info, "exchange": route[0], "routing_key": route[1]}
 
 
 def requeue_unknown_tasks(consumer: Any, ends: LedgerEnds) -> None:

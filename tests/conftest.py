@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -69,18 +69,31 @@ def history_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def cluster(
-    server: Server, tmp_path: Path, history_path: Path, request: pytest.FixtureRequest,
+def make_cluster(
+    tmp_path: Path, history_path: Path, request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Cluster]:
-    """Starts nodes on `server`; all their processes are gone when the test is over."""
-    monkeypatch.setenv(BROKER_VARIABLE, server.url())
-    nodes = Cluster(server.url(), tmp_path, history_path)
-    request.node.stash.setdefault(_clusters, []).append(nodes)
+) -> Iterator[Callable[..., Cluster]]:
+    """Makes clusters on a broker; all their processes are gone when the test is over."""
+    made: list[Cluster] = []
+
+    def make(broker_url: str, **environ: str) -> Cluster:
+        for name, value in {BROKER_VARIABLE: broker_url, **environ}.items():
+            monkeypatch.setenv(name, value)
+        made.append(Cluster(broker_url, tmp_path, history_path, environ))
+        request.node.stash.setdefault(_clusters, []).append(made[-1])
+        return made[-1]
+
     try:
-        yield nodes
+        yield make
     finally:
-        nodes.destroy()
+        for nodes in made:
+            nodes.destroy()
+
+
+@pytest.fixture
+def cluster(server: Server, make_cluster: Callable[..., Cluster]) -> Cluster:
+    """Starts nodes on `server`; all their processes are gone when the test is over."""
+    return make_cluster(server.url())
 
 
 @pytest.hookimpl(wrapper=True)

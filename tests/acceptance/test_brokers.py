@@ -1,0 +1,245 @@
+"""The ledger in a Redis of its own, with the broker elsewhere: in another Redis, in RabbitMQ."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from amqp.exceptions import ChannelError
+from kombu import Connection
+from redis import Redis
+
+from acceptance.support import (
+    APP,
+    LEAN,
+    QUICK,
+    Producer,
+    finished,
+    leading,
+    start,
+    starts_are,
+    wait_for_nodes,
+    wait_for_run,
+)
+from celery_affinity.embedded import Server, start_server
+from harness import Cluster, wait_for_ends, wait_until
+from history import History
+
+pytestmark = pytest.mark.acceptance
+
+TAGS = [f"tag-{number}" for number in range(8)]
+
+
+@pytest.fixture(scope="session")
+def vhost() -> Iterator[str]:
+    """URL of a virtual host of the tests' own in this machine's RabbitMQ."""
+    if not shutil.which("rabbitmqctl") or os.geteuid() != 0 or _ctl("ping").returncode:
+        says = "no RabbitMQ runs here that root may administer with rabbitmqctl"
+        if os.environ.get("CI"):
+            pytest.fail(says)
+        pytest.skip(says)
+    name = f"affinity-{uuid4().hex[:8]}"
+    _ctl("add_vhost", name).check_returncode()
+    try:
+        _ctl("set_permissions", "-p", name, "guest", ".*", ".*", ".*").check_returncode()
+        yield f"amqp://guest:guest@127.0.0.1:5672/{name}"
+    finally:
+        _ctl("delete_vhost", name)
+
+
+def _ctl(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["rabbitmqctl", "-q", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.fixture
+def broker_server(server_binary: Path) -> Iterator[Server]:
+    """A Redis that is the broker only."""
+    with start_server(aof=True) as running:
+        yield running
+
+
+@dataclass
+class Elsewhere:
+    """A cluster whose broker is not its ledger."""
+
+    cluster: Cluster
+    ledger: Server
+    kind: str
+
+    @property
+    def url(self) -> str:
+        return self.cluster.broker_url
+
+    def noted(self) -> set[str]:
+        """Worker queues that the ledger knows to be on the broker."""
+        found = self.ledger.client().hkeys("{affinity:default}:q:jobs:abroad")
+        return {name.decode() for name in found}
+
+    def there(self, worker_queues: Iterable[str]) -> set[str]:
+        """Those of them of which the broker has anything."""
+        if self.kind == "redis":
+            keys = b" ".join(Redis.from_url(self.url).keys("*jobs.worker*")).decode()
+            return {name for name in worker_queues if name in keys}
+        return {name for name in worker_queues if self.length(name) is not None}
+
+    def length(self, queue: str) -> int | None:
+        """Messages that wait in a queue of the broker; None if it is not there."""
+        try:
+            with Connection(self.url) as connection:
+                answer = connection.default_channel.queue_declare(queue, passive=True)
+                return int(answer.message_count)
+        except ChannelError:
+            return None
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def elsewhere(
+    request: pytest.FixtureRequest, aof_server: Server, make_cluster: Callable[..., Cluster]
+) -> Elsewhere:
+    url = (
+        request.getfixturevalue("broker_server").url()
+        if request.param == "redis"
+        else request.getfixturevalue("vhost")
+    )
+    cluster = make_cluster(url, AFFINITY_REDIS_URL=aof_server.url())
+    if request.param == "rabbitmq":
+        with Connection(url) as connection:
+            connection.default_channel.queue_delete("jobs")
+    return Elsewhere(cluster, aof_server, request.param)
+
+
+def test_many_tags_on_two_nodes_lose_double_overlap_and_reorder_nothing(
+    elsewhere: Elsewhere, history_path: Path
+) -> None:
+    producer = Producer(elsewhere.url)
+    start(elsewhere.cluster, "w1", "w2")
+    elsewhere.cluster.wait_ready()
+    for _ in range(10):
+        producer.send_each(TAGS, 5, ms=2)
+
+    wait_for_ends(history_path, producer.sent)
+    history = History.load(history_path)
+    history.assert_lawful()  # also: each lease in one process of one node
+    assert history.reruns() == 0
+    resent = elsewhere.ledger.client().hget("{affinity:default}:q:jobs:c", "resent")
+    assert resent is None, "no doorbell was rung twice"
+
+
+def test_a_broker_elsewhere_loses_nothing_when_any_process_dies(
+    elsewhere: Elsewhere, history_path: Path
+) -> None:
+    producer = Producer(elsewhere.url)
+    nodes = start(elsewhere.cluster, "w1", "w2", beat=False)
+    wait_for_nodes(producer.affinity, 2)
+    for number in range(3):
+        producer.send_each(TAGS * 2, 5, ms=20)
+        wait_until(starts_are(history_path, (number + 1) * 40), what="starts")
+        leader = leading(producer.affinity, nodes)
+        dies = leader if number % 2 == 0 else next(node for node in nodes if node is not leader)
+        dies.kill9()
+        producer.send_each(TAGS, 1)
+        dies.start()
+    finished(history_path, 60)
+    wait_until(lambda: len(elsewhere.noted()) == 2, 30, "the queues of those that live")
+
+
+def test_worker_queues_go_with_their_incarnation(elsewhere: Elsewhere) -> None:
+    producer = Producer(elsewhere.url)
+    nodes = start(elsewhere.cluster, "w1", "w2", "w3")
+    wait_for_nodes(producer.affinity, 3)
+    queues = elsewhere.noted()
+    wait_until(lambda: len(elsewhere.there(queues)) == len(queues) == 3, what="three queues")
+
+    nodes[0].kill9()
+    nodes[1].term()
+    wait_until(lambda: len(elsewhere.there(queues)) == 1, 30, "the end of two")
+    wait_until(lambda: elsewhere.noted() == elsewhere.there(queues), what="the end of their notes")
+    nodes[2].term()
+    wait_until(lambda: not elsewhere.there(queues) and not elsewhere.noted(), 30, "the last one's")
+    assert not [key for key in elsewhere.ledger.client().keys("*") if b":w:" in key]
+
+
+def test_a_retry_and_a_due_time_stay_in_the_ledger(elsewhere: Elsewhere, history_path: Path) -> None:
+    producer = Producer(elsewhere.url)
+    start(elsewhere.cluster, "w1", beat=False)
+    elsewhere.cluster.wait_ready()
+    producer.send("later", 1, countdown=1)
+    producer.send("a", 3, task="flaky")
+    wait_for_run(history_path, lambda run: run.tag == "later")
+    finished(history_path)
+    assert not elsewhere.length("jobs")
+
+
+def test_a_killed_leader_hands_its_messages_to_the_next_although_its_children_live(
+    elsewhere: Elsewhere, history_path: Path
+) -> None:
+    """They have its sockets: RabbitMQ would not know that it has gone."""
+    producer = Producer(elsewhere.url)
+    leader, = start(elsewhere.cluster, "w1", concurrency=1, beat=False)
+    wait_for_nodes(producer.affinity, 1)
+    producer.send("busy", ms=6000)
+    wait_for_run(history_path, lambda run: run.tag == "busy")
+    elsewhere.ledger.pause()  # what is handed out now, it cannot carry
+    producer.send_each(TAGS, 2)
+    wait_until(lambda: elsewhere.kind == "redis" or elsewhere.length("jobs") == 0, what="handed out")
+    leader.kill9()
+    elsewhere.ledger.resume()
+    elsewhere.cluster.worker(APP, "w2", queues="jobs", environ=QUICK, extra=LEAN)
+    wait_for_run(history_path, lambda run: run.tag == TAGS[0], 15)
+    finished(history_path)
+
+
+def test_a_url_that_names_the_same_server_otherwise_is_the_same_redis(
+    server: Server, make_cluster: Callable[..., Cluster], history_path: Path
+) -> None:
+    broker = server.url()
+    other = broker.replace("127.0.0.1", "localhost.").replace("localhost.", "127.1")
+    assert other != broker
+    cluster = make_cluster(broker, AFFINITY_REDIS_URL=other)
+    producer = Producer(broker)
+    assert type(producer.affinity.delivery).__name__ == "SameRedisDelivery"
+    start(cluster, "w1", beat=False)
+    producer.send("a", 3)
+    wait_for_ends(history_path, 3)
+    assert not server.client().keys("*abroad*")
+
+
+def test_another_database_of_the_same_server_is_another_redis(
+    server: Server, make_cluster: Callable[..., Cluster], history_path: Path
+) -> None:
+    cluster = make_cluster(server.url(), AFFINITY_REDIS_URL=server.url(5))
+    producer = Producer(server.url())
+    assert type(producer.affinity.delivery).__name__ == "CarriedDelivery"
+    start(cluster, "w1", beat=False)
+    producer.send("a", 3)
+    wait_for_ends(history_path, 3)
+    History.load(history_path).assert_lawful()
+    assert not [key for key in server.client().keys("*") if b"affinity" in key]
+
+
+def test_what_is_evacuated_is_plain_messages_on_the_broker(
+    elsewhere: Elsewhere, history_path: Path
+) -> None:
+    producer = Producer(elsewhere.url)
+    beat = elsewhere.cluster.beat(APP, environ=QUICK)
+    beat.wait_ready()
+    producer.send_each(["a", "b"], 3)
+    wait_until(lambda: producer.affinity.stats("jobs").entries == 6, what="admission")
+    moved = producer.affinity.evacuate("jobs")
+    assert moved.done and moved.moved == 6
+    wait_until(lambda: elsewhere.length("jobs") == 6, what="six messages on the broker")
+    producer.send("a", 1)
+    producer.affinity.resume("jobs")
+    start(elsewhere.cluster, "w1", beat=False)
+    wait_for_ends(history_path, 7)
+    history = History.load(history_path)
+    history.assert_lawful()
+    assert history.reruns() == 0
