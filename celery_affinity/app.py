@@ -10,11 +10,11 @@ from typing import Any
 from celery import Celery, signals
 
 from celery_affinity import internals, slot_pool
+from celery_affinity.address import ledger_url, masked, same_server
 from celery_affinity.appconf import affinity_conf
 from celery_affinity.banner import banner
 from celery_affinity.bootstep import ConsumerStep, WorkerStep
 from celery_affinity.checks import refuse_settings, warnings_of
-from celery_affinity.connection import same_server
 from celery_affinity.dead_operations import DeadLetterCalls
 from celery_affinity.delivery import Delivery, SameRedisDelivery
 from celery_affinity.detour import to_pending_queue
@@ -115,23 +115,30 @@ class Affinity(Looking, Operations, DeadLetterCalls):
 
     @cached_property
     def redis_url(self) -> str:
-        """URL of the ledger's Redis."""
+        """URL of the ledger's Redis; all of it, so with its password."""
         broker = self.app.connection_for_write()
-        broker_url = str(self.app.conf.broker_write_url or self.app.conf.broker_url or "")
-        first = broker_url.split(";")[0]
-        own = self.settings.redis_url
-        if broker.transport.driver_type != "redis" or first.startswith("sentinel"):
+        if broker.transport.driver_type != "redis":
             raise ConfigurationError(
                 f"the broker is {broker.transport.driver_type or 'unknown'!r}; this version of "
                 "celery_affinity needs a Redis or Valkey broker (redis://, rediss://, "
-                "redis+socket://)"
+                "redis+socket://, sentinel://)"
             )
-        if own is not None and not same_server(own, first):
+        conf = self.app.conf
+        brokers = ledger_url(
+            str(conf.broker_write_url or conf.broker_url),
+            conf.broker_use_ssl,
+            conf.broker_transport_options,
+        )
+        if self.settings.redis_url is None:
+            return brokers
+        own = ledger_url(self.settings.redis_url, None, conf.broker_transport_options)
+        if not same_server(own, brokers):
             raise ConfigurationError(
-                f"redis_url ({own}) is another database than the broker's ({broker.as_uri()}); "
-                "this version keeps the ledger in the broker's: leave redis_url out"
+                f"redis_url ({masked(own)}) is another database than the broker's "
+                f"({masked(brokers)}); this version keeps the ledger in the broker's: "
+                "leave redis_url out"
             )
-        return own or first
+        return own
 
     @cached_property
     def delivery(self) -> Delivery:
