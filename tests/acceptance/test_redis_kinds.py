@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-
 from typing import Any
 from urllib.parse import quote
 
@@ -180,6 +179,7 @@ def console(cluster: Cluster, command: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.servers
 def test_the_whole_system_runs_by_tls(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +196,7 @@ def test_the_whole_system_runs_by_tls(
         cluster.destroy()
 
 
+@pytest.mark.servers
 def test_the_whole_system_runs_on_a_socket(
     cluster: Cluster, server_binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

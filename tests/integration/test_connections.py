@@ -34,6 +34,7 @@ def trusting(url: str, authority: Authority, more: str = "") -> str:
         ({"names": "DNS:elsewhere.example"}, True, "IP address mismatch|doesn't match"),
         ({"days": -1}, True, "certificate has expired"),
     ],
+    ids=["not trusted", "another host's", "out of date"],
 )
 def test_a_certificate_that_is_not_trusted_is_refused(
     authority: Authority, signed: dict[str, object], trusted: bool, says: str
