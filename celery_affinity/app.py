@@ -115,7 +115,7 @@ class Affinity(Looking, Operations, DeadLetterCalls):
 
     @cached_property
     def redis_url(self) -> str:
-        """URL of the ledger's Redis."""
+        """URL of the ledger's Redis; all of it, so with its password."""
         return ledger_url(self.app, self.settings)
 
     @cached_property

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kombu.utils.url import maybe_sanitize_url
-
+from celery_affinity.address import masked
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 
 __all__ = ("banner",)
@@ -17,7 +16,7 @@ def banner(settings: AffinitySettings, origins: Mapping[str, str]) -> str:
     lines = [f".> queues: {queues}{_from(origins, 'queues')}"]
     for name in origins:
         if name != "queues":
-            value = maybe_sanitize_url(getattr(settings, name))
+            value = masked(str(getattr(settings, name)))
             lines.append(f".> {name}: {value}{_from(origins, name)}")
     return "\n".join(lines)
 

@@ -9,9 +9,10 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 
+from celery_affinity import address
 from celery_affinity.amqp_broker import AmqpBroker
 from celery_affinity.broker import Broker
-from celery_affinity.connection import connect, same_database, same_server
+from celery_affinity.connection import connect, same_database
 from celery_affinity.delivery import CarriedDelivery, Delivery, SameRedisDelivery
 from celery_affinity.exceptions import ConfigurationError
 from celery_affinity.keys import Keys
@@ -25,26 +26,26 @@ logger = logging.getLogger(__name__)
 
 
 def ledger_url(app: Any, settings: AffinitySettings) -> str:
-    """URL of the ledger's Redis: `redis_url`, else the broker's. Does no I/O.
+    """URL of the ledger's Redis, all of it: `redis_url`, else the broker's. Does no I/O.
 
     Raises:
         ConfigurationError: If there is none, or the broker has no place for worker queues.
     """
-    kind, first = _broker(app)
-    if kind not in ("redis", "amqp") or first.startswith("sentinel"):
+    kind = _kind(app)
+    if kind not in ("redis", "amqp"):
         raise ConfigurationError(
-            f"the broker is {_scheme(first) or kind!r}, which has no place for the queue of each "
-            "worker; expected RabbitMQ (amqp://, amqps://) or one Redis or Valkey (redis://, "
-            "rediss://, redis+socket://)"
+            f"the broker is {kind!r}, which has no place for the queue of each worker; expected "
+            "RabbitMQ (amqp://, amqps://) or a Redis or Valkey (redis://, rediss://, "
+            "redis+socket://, sentinel://)"
         )
     if settings.redis_url is not None:
-        return settings.redis_url
+        return address.ledger_url(settings.redis_url, None, app.conf.broker_transport_options)
     if kind != "redis":
         raise ConfigurationError(
             f"the broker is {kind!r}; celery_affinity needs a Redis or Valkey for its ledger, "
             "beside it: set redis_url, such as Affinity(app, ..., redis_url='redis://host:6379/0')"
         )
-    return first
+    return _redis_broker_url(app)
 
 
 def choose_delivery(app: Any, settings: AffinitySettings) -> Delivery:
@@ -53,35 +54,36 @@ def choose_delivery(app: Any, settings: AffinitySettings) -> Delivery:
     Asks both servers who they are if broker and ledger are Redis under two names.
     """
     url = ledger_url(app, settings)
-    kind, first = _broker(app)
+    kind = _kind(app)
     names = RedisNames.from_transport_options(app.conf.broker_transport_options or {})
-    if kind == "redis" and _is_same(first, url):
-        return SameRedisDelivery(names)
-    broker: Broker = (
-        RedisBroker(lambda: connect(first), names)
-        if kind == "redis"
-        else AmqpBroker(
+    broker: Broker
+    if kind == "redis":
+        brokers = _redis_broker_url(app)
+        if _is_same(brokers, url):
+            return SameRedisDelivery(names)
+        broker = RedisBroker(lambda: connect(brokers), names)
+    else:
+        broker = AmqpBroker(
             _opener(app),
             lambda name: app.amqp.queues[name],
             settings.leader_ttl,
             max(60.0, 6 * settings.heartbeat_timeout),
         )
-    )
     return CarriedDelivery(broker, Keys(settings.namespace))
 
 
-def _broker(app: Any) -> tuple[str, str]:
-    kind = str(app.connection_for_write().transport.driver_type or "unknown")
-    url = str(app.conf.broker_write_url or app.conf.broker_url or "")
-    return kind, url.split(";")[0]
+def _kind(app: Any) -> str:
+    return str(app.connection_for_write().transport.driver_type or "unknown")
 
 
-def _scheme(url: str) -> str:
-    return url.partition("://")[0] if "://" in url else ""
+def _redis_broker_url(app: Any) -> str:
+    conf = app.conf
+    url = str(conf.broker_write_url or conf.broker_url)
+    return address.ledger_url(url, conf.broker_use_ssl, conf.broker_transport_options)
 
 
 def _is_same(broker: str, ledger: str) -> bool:
-    if same_server(broker, ledger):
+    if address.same_server(broker, ledger):
         return True
     try:
         return same_database(_client(broker), _client(ledger))

@@ -3,52 +3,128 @@
 from __future__ import annotations
 
 import logging
-from urllib.parse import urlsplit
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlencode
 
-from redis import Redis
+from redis import ConnectionPool, Redis
 from redis.backoff import ExponentialBackoff
-from redis.exceptions import NoPermissionError, ResponseError
+from redis.connection import (
+    Connection,
+    SSLConnection,
+    UnixDomainSocketConnection,
+    parse_url,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoPermissionError, ReadOnlyError, ResponseError
 from redis.retry import Retry
+from redis.sentinel import Sentinel, SentinelManagedConnection, SentinelManagedSSLConnection
 
+from celery_affinity.address import Address
 from celery_affinity.exceptions import ConfigurationError
 
-__all__ = ("Reachability", "check_server", "connect", "same_database", "same_server")
+__all__ = ("Reachability", "check_server", "connect", "same_database")
 
 #: Oldest Redis whose command set the scripts keep to (BLMOVE).
 MINIMUM_VERSION = (6, 2)
+#: Seconds in which a server has to take a connection.
+CONNECT_SECONDS = 5.0
+#: Seconds in which a sentinel has to answer before the next one is asked.
+SENTINEL_SECONDS = 1.0
+
+
+class _Reconnecting:
+    """For a connection: a server that has become a replica is left, not talked to for ever.
+
+    redis-py does so itself only with sentinels; and what a script meets on Redis 6.2 is an error
+    of another kind with the same text in it.
+    """
+
+    def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().read_response(*args, **kwargs)  # type: ignore[misc]
+        except ResponseError as error:
+            if not isinstance(error, ReadOnlyError) and "-READONLY " not in str(error):
+                raise
+            self.disconnect()  # type: ignore[attr-defined]
+            raise RedisConnectionError("it has become a replica, which takes no writes") from None
+
+
+class _Connection(_Reconnecting, Connection):
+    pass
+
+
+class _TlsConnection(_Reconnecting, SSLConnection):
+    pass
+
+
+class _SocketConnection(_Reconnecting, UnixDomainSocketConnection):
+    pass
+
+
+class _ManagedConnection(_Reconnecting, SentinelManagedConnection):
+    pass
+
+
+class _ManagedTlsConnection(_Reconnecting, SentinelManagedSSLConnection):
+    pass
 
 
 def connect(url: str, *, socket_timeout: float = 10.0) -> Redis:
     """A client of its own for the ledger. Does no I/O.
 
     Arguments:
-        url: ``redis://``, ``rediss://``, ``unix://`` or kombu's ``redis+socket://``.
+        url: See address.py.
         socket_timeout: Seconds after which an unanswered command fails and is sent again; the
             scripts answer a repeat as they did the first time.
+
+    Raises:
+        ConfigurationError: If the URL cannot be taken apart, or is of another kind.
     """
-    if url.startswith("redis+socket://"):
-        url = "unix://" + url[len("redis+socket://") :].replace("virtual_host=", "db=")
-    return Redis.from_url(
-        url,
-        socket_timeout=socket_timeout,
-        socket_connect_timeout=5.0,
-        socket_keepalive=True,
-        health_check_interval=25,
-        retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), 3),
-        client_name="celery_affinity",
+    address = Address.parse(url)
+    options: dict[str, Any] = {
+        "db": address.db,
+        "username": address.username,
+        "password": address.password,
+        "socket_timeout": socket_timeout,
+        "health_check_interval": 25,
+        "retry": Retry(ExponentialBackoff(cap=1.0, base=0.05), 3),
+        "client_name": "celery_affinity",
+        **_typed(address.other_options),
+    }
+    if address.scheme == "unix":
+        pool = ConnectionPool(connection_class=_SocketConnection, path=address.path, **options)
+        return Redis(connection_pool=pool)
+    options |= {"socket_connect_timeout": CONNECT_SECONDS, "socket_keepalive": True}
+    if address.is_tls:
+        # Not every redis-py checks the name by itself.
+        options |= {"ssl_check_hostname": True, **address.tls_options}
+    if address.scheme == "sentinel":
+        return _by_sentinel(address, options)
+    host, port = address.hosts[0]
+    kind = _TlsConnection if address.is_tls else _Connection
+    return Redis(connection_pool=ConnectionPool(kind, host=host, port=port, **options))
+
+
+def _by_sentinel(address: Address, options: dict[str, Any]) -> Redis:
+    kind = _ManagedTlsConnection if address.is_tls else _ManagedConnection
+    sentinels: Any = Sentinel
+    found: Redis = sentinels(address.hosts, sentinel_kwargs=_to_sentinels(address)).master_for(
+        address.master_name, connection_class=kind, **options
     )
+    return found
 
 
-def same_server(one: str, other: str) -> bool:
-    """Whether two URLs name one database of one server, as far as their text tells."""
+def _to_sentinels(address: Address) -> dict[str, Any]:
+    patience = {"socket_timeout": SENTINEL_SECONDS, "socket_connect_timeout": SENTINEL_SECONDS}
+    return {**patience, **_typed(address.sentinel_options)}
 
-    def identity(url: str) -> tuple[str, int, str]:
-        parts = urlsplit(url)
-        db = parts.path.strip("/") or "0"
-        host = {"localhost": "127.0.0.1"}.get(parts.hostname or "localhost", parts.hostname or "")
-        return (host, parts.port or 6379, db)
 
-    return identity(one) == identity(other)
+def _typed(options: Mapping[str, str]) -> dict[str, Any]:
+    """Options from a URL's query, of the types that redis-py wants them to have."""
+    parse: Any = parse_url
+    found: dict[str, Any] = parse("redis://?" + urlencode(options))
+    return found
 
 
 def same_database(one: Redis, other: Redis) -> bool:

@@ -113,10 +113,18 @@ def _settings(bound: Bound) -> Iterator[Finding]:
     if backend.startswith("redis") and not conf.get("result_backend_always_retry"):
         fix = "result_backend_always_retry = True, or results are lost while Redis restarts"
         yield Finding("result backend", "warning", f"{backend}, does not wait for Redis", fix)
+    if str(conf.broker_url).startswith("rediss") and not _says_tls(conf):
+        fix = 'broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_ca_certs": "<file>"}'
+        yield Finding("broker TLS", "warning", "Celery does not check its certificate", fix)
     names = {name for queue in bound.settings.queues for name in (queue.name, queue.pending)}
     if (default := str(conf.task_default_queue)) in names:
         fix = "give task_default_queue another name: plain tasks would be sent there, without a tag"
         yield Finding("names", "warning", f"the app's default queue is {default!r}", fix)
+
+
+def _says_tls(conf: Any) -> bool:
+    """Whether kombu is told what to check; it checks nothing else."""
+    return bool(conf.broker_use_ssl) or "ssl_cert_reqs=" in str(conf.broker_url)
 
 
 def _workers(bound: Bound) -> Iterator[Finding]:

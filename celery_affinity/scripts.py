@@ -8,7 +8,7 @@ from typing import Any
 
 from redis import Redis
 from redis.commands.core import Script
-from redis.exceptions import OutOfMemoryError, RedisError
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 from celery_affinity.broker import Taken
 from celery_affinity.exceptions import SchemaVersionError
@@ -60,6 +60,15 @@ class Scripts:
         return self._run(f"{name} although full", source_although_full(name), args, lists)
 
     def _run(self, name: str, text: str, args: Sequence[object], lists: Sequence[str]) -> Any:
+        try:
+            return self._evaluate(name, text, args, lists)
+        except ResponseError as error:
+            # What a command inside a script meets is an error of another kind on Redis 6.2.
+            if " -OOM " in str(error):
+                raise OutOfMemoryError(str(error)) from None
+            raise
+
+    def _evaluate(self, name: str, text: str, args: Sequence[object], lists: Sequence[str]) -> Any:
         script = self._scripts.get(name)
         if script is None:
             script = self._scripts[name] = self.client.register_script(text)

@@ -55,11 +55,18 @@ def _explain(
             known = ", ".join(sorted(model.model_fields))
             message = f"there is no such setting; {hint}correct or remove it (known: {known})"
         elif name:
-            message += f"; found {problem['input']!r:.80}"
+            message += f"; found {_shown(name, problem['input'])}"
         else:
             message += _mentioned(message, origins)
         lines.append(f"{name}{origin}: {message}" if name else message)
     return f"{what} cannot be used:\n  " + "\n  ".join(lines)
+
+
+def _shown(name: str, found: object) -> str:
+    """What was found, unless that has a password in it."""
+    if name == "redis_url":
+        return f"a {type(found).__name__} (not shown: it may have a password in it)"
+    return f"{found!r:.80}"
 
 
 def _mentioned(message: str, origins: Mapping[str, str]) -> str:
@@ -190,7 +197,7 @@ class AffinitySettings(BaseModel):
 
     queues: tuple[AffinityQueue, ...] = ()
     #: Redis of the ledger; default: the broker's.
-    redis_url: str | None = None
+    redis_url: str | None = Field(default=None, repr=False)
     #: Keeps apps on one Redis apart.
     namespace: str = "default"
     #: What a worker node does besides its ordinary queues.

@@ -30,7 +30,6 @@ NOT_COVERED: dict[int, tuple[str, str]] = {
     15: ("Redis is killed with appendfsync everysec", "What the server lost nobody can give back; how much was not measured"),
     26: ("Connections are reset (RST)", "Measured below (`reset`), no law"),
     30: ("Only the leader is cut off", "Only frozen and killed leaders"),
-    31: ("Sentinel failover", "Sentinel is not supported"),
     32: ("Failover to a replica that lags", "Replicas are not supported"),
     33: ("Two masters after a partition", "Replicas are not supported"),
     34: ("RabbitMQ is killed", "RabbitMQ is not supported"),

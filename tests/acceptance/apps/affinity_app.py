@@ -2,7 +2,7 @@
 
 Environment: AFFINITY_TEST_BROKER; BATCH is max_batch_size; AFFINITY_TEST_QUEUE is a JSON object of
 more settings of the queue; AFFINITY_TEST_RESULTS=1 keeps results in database 1 of the broker's
-server; the library itself reads AFFINITY_HEARTBEAT_INTERVAL, AFFINITY_LEADER_TTL and so on.
+server, a URL there; AFFINITY_TEST_MASTER is what sentinels call it; the library itself reads AFFINITY_HEARTBEAT_INTERVAL, AFFINITY_LEADER_TTL and so on.
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ from history import HISTORY_VARIABLE, record
 def make_app(broker_url: str | None = None, **settings: Any) -> tuple[Celery, Affinity]:
     """An app on a broker, default: where AFFINITY_TEST_BROKER points; settings of `Affinity`."""
     broker_url = broker_url or os.environ.get("AFFINITY_TEST_BROKER", "redis://127.0.0.1:1/0")
-    keep_results = os.environ.get("AFFINITY_TEST_RESULTS") == "1"
+    results = os.environ.get("AFFINITY_TEST_RESULTS", "")
+    keep_results = bool(results)
     app = Celery(
         "affinity_app", broker=broker_url,
-        backend=broker_url.rpartition("/")[0] + "/1" if keep_results else None,
+        backend=broker_url.rpartition("/")[0] + "/1" if results == "1" else results or None,
     )
     app.conf.update(
         task_ignore_result=not keep_results, broker_connection_retry_on_startup=True,
         task_default_queue="ordinary",
     )
+    if master := os.environ.get("AFFINITY_TEST_MASTER"):
+        app.conf.broker_transport_options = {"master_name": master}
     app.task(plain_work, name="jobs.plain_work", bind=True)  # goes to the default queue
     queue = {
         "max_batch_size": int(os.environ.get("BATCH", "10")),
