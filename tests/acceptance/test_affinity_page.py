@@ -275,6 +275,13 @@ def test_a_button_that_gets_the_focus_is_not_beneath_the_bar(browser: Any, shop:
 def test_the_table_of_tasks_has_a_column_of_tags(browser: Any, shop: Shop) -> None:
     tab, address = Tab(browser), shop.site.url.partition("//")[2]
     shop.open("acme", "globex", "initech")
+
+    def told() -> bool:
+        """Whether workers tell Flower of tasks by now; it asks them to, every 5 s."""
+        shop.producer.send("acme", task="gated")
+        return any(task["identify_tag"] == "acme" for task in shop.site.json("/api/tasks").values())
+
+    wait_until(told, what="the events of tasks")
     for tag in ("acme", "globex", "initech", "globex"):
         shop.producer.send(tag, 3, task="gated")
     browser.get(f"http://jane:secret@{address}/tasks")
