@@ -126,7 +126,9 @@ def _warnings(status: QueueStatus) -> list[str]:
     if not status.workers:
         told.append(f"{name}: no worker serves it, {waits} tasks wait; start one with -Q {name}")
     if stats.halted_tags:
-        told.append(f"{name}: {stats.halted_tags} tags are paused or halted; see `tags`")
+        some = "1 tag is" if stats.halted_tags == 1 else f"{stats.halted_tags} tags are"
+        told.append(f"{name}: {some} paused or halted; see `tags`")
     if stats.dead:
-        told.append(f"{name}: {stats.dead} dead letters; see `dead list`")
+        letters = "letter" if stats.dead == 1 else "letters"
+        told.append(f"{name}: {stats.dead} dead {letters}; see `dead list`")
     return told

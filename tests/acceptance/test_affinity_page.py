@@ -1,19 +1,27 @@
 """Laws of the Affinity page in a real browser: Debian's Chromium, headless.
 
-With AFFINITY_SCREENSHOTS=docs/images the pictures of docs/howto_flower.md are taken anew.
+With AFFINITY_SCREENSHOTS=docs/images the pictures of docs/howto_flower.md and docs/operations.md are taken anew.
 """
 
 from __future__ import annotations
 
+import fcntl
+import io
 import os
+import pty
 import shutil
+import struct
+import subprocess
+import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from acceptance.flower_shop import Shop, running_shop
+from acceptance.flower_shop import APP, Shop, running_shop
+from acceptance.support import QUICK
 from harness import wait_until
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.browser]
@@ -24,6 +32,9 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-dev-shm-usage", "--hide-scrollbars", "--force-color-profile=srgb", "--window-size=1440,1200",
 )  # fmt: skip
+#: Of the terminal.
+COLUMNS = 110
+ERASE_LINE = "\x1b[2K"
 #: WebDriver scrolls by itself only to what is outside the window, not to what Flower's bar covers.
 INTO_VIEW = "arguments[0].scrollIntoView({block: 'nearest', behavior: 'instant'})"
 #: For each button of the page: does it lie open where the focus took it to, or what is on top of it.
@@ -110,14 +121,36 @@ class Tab:
         found = self.browser.find_element("css selector", selector)
         ActionChains(self.browser).move_to_element(found).perform()
 
-    def picture(self, name: str) -> None:
+    def picture(self, name: str, width: int = 1440) -> None:
         """A picture of the whole page, where AFFINITY_SCREENSHOTS says."""
         where = os.environ.get("AFFINITY_SCREENSHOTS")
         if where:
-            self.browser.set_window_size(1440, 800)
+            self.browser.set_window_size(width, 400)
             high = self.browser.execute_script("return document.documentElement.scrollHeight")
-            self.browser.set_window_size(1440, high + 140)
+            self.browser.set_window_size(width, high + 140)
             assert self.browser.get_screenshot_as_file(str(Path(where) / name))
+
+
+def terminal(shop: Shop, *arguments: str) -> str:
+    """What a command of Celery writes on a terminal of COLUMNS and 60 lines."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 60, COLUMNS, 0, 0))
+    environ = {**shop.cluster.environ, **QUICK, "TERM": "xterm-256color"}
+    for name in ("COLUMNS", "LINES", "NO_COLOR"):
+        environ.pop(name, None)
+    with subprocess.Popen(
+        [sys.executable, "-m", "celery", *arguments], stdout=theirs, env=environ, cwd=shop.cluster.directory
+    ) as running:
+        os.close(theirs)
+        written = b""
+        try:
+            while chunk := os.read(ours, 65536):
+                written += chunk
+        except OSError:
+            pass  # Linux says EIO when the last writer is gone
+    os.close(ours)
+    assert running.returncode == 0, written
+    return written.decode().replace("\r\n", "\n")
 
 
 def fill(shop: Shop) -> None:
@@ -203,6 +236,31 @@ def test_an_operator_sees_slots_and_backlogs_live_and_pauses_and_resumes_by_clic
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
+def test_top_on_a_terminal_shows_queues_slots_and_backlogs(
+    browser: Any, shop: Shop, tmp_path: Path
+) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    for tag, count in (("acme", 41), ("globex", 9), ("initech", 5), ("umbrella", 3)):
+        shop.producer.send(f"{tag}-eu", count, task="gated")
+    wait_until(lambda: shop.affinity.explain("umbrella-eu").holds, what="the last to run")
+    written = terminal(shop, "-A", APP, "affinity", "top", "-n", "1", "--tags", "4")
+    *_, frame = written.split(ERASE_LINE)  # rich goes up and draws over the one before
+    shown = Text.from_ansi(frame.strip("\n"))
+    lines = shown.plain.splitlines()
+    assert any("jobs" in line and "on" in line for line in lines), shown.plain
+    assert any("w1@test" in line and "-eu" in line for line in lines), shown.plain
+    assert any("acme-eu" in line and "w" in line for line in lines), shown.plain
+    console = Console(record=True, width=COLUMNS, file=io.StringIO())
+    console.print(shown)
+    (tmp_path / "top.html").write_text(console.export_html(inline_styles=True), encoding="utf-8")
+    browser.get((tmp_path / "top.html").as_uri())
+    Tab(browser).picture("top.png", 1200)
+    shop.open("acme-eu", "globex-eu", "initech-eu", "umbrella-eu")
+    shop.quiet()
+
+
 def test_a_button_that_gets_the_focus_is_not_beneath_the_bar(browser: Any, shop: Shop) -> None:
     tab, address = Tab(browser), shop.site.url.partition("//")[2]
     shop.producer.send("hidden", 2, task="gated")
@@ -217,6 +275,13 @@ def test_a_button_that_gets_the_focus_is_not_beneath_the_bar(browser: Any, shop:
 def test_the_table_of_tasks_has_a_column_of_tags(browser: Any, shop: Shop) -> None:
     tab, address = Tab(browser), shop.site.url.partition("//")[2]
     shop.open("acme", "globex", "initech")
+
+    def told() -> bool:
+        """Whether workers tell Flower of tasks by now; it asks them to, every 5 s."""
+        shop.producer.send("acme", task="gated")
+        return any(task["identify_tag"] == "acme" for task in shop.site.json("/api/tasks").values())
+
+    wait_until(told, what="the events of tasks")
     for tag in ("acme", "globex", "initech", "globex"):
         shop.producer.send(tag, 3, task="gated")
     browser.get(f"http://jane:secret@{address}/tasks")

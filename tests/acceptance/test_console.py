@@ -218,7 +218,7 @@ def test_a_paused_tag_says_by_whom_and_goes_on_where_it_was(console: Console) ->
     assert told.obstacles == (
         f"paused by {change.who}; `celery affinity resume paused --queue jobs`",
     )
-    assert any("1 tags are paused or halted" in line for line in console.run("status").splitlines())
+    assert any("1 tag is paused or halted" in line for line in console.run("status").splitlines())
     said = json.loads(console.run("resume", "paused", "--json"))
     assert said == {"queue": "jobs", "tag": "paused", "paused": False, "changed": True}
     assert "'jobs' was neither paused nor halted" in console.run("resume", "jobs", code=1)
