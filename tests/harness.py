@@ -27,6 +27,7 @@ BROKER_VARIABLE = "AFFINITY_TEST_BROKER"
 RESULTS_VARIABLE = "AFFINITY_TEST_RESULTS"
 
 _POLL_SECONDS = 0.01
+_MOST_POLL_SECONDS = 0.1
 #: How much CPU `allowed` uses to see how long that takes; several turns of the kernel's scheduler.
 _PROBE_SECONDS = 0.05
 #: A loaded machine with two cores needs several seconds for a worker's imports.
@@ -36,15 +37,20 @@ _READY_SECONDS = 40.0
 def wait_until(predicate: Callable[[], T], timeout: float = 20.0, what: str = "") -> T:
     """Poll every 10 ms until the predicate is true; return its value.
 
+    One that takes more CPU, such as reading a whole history, is asked less often: waiting leaves the
+    CPU to what is waited for.
+
     Raises:
         AssertionError: After `timeout` seconds, saying what was waited for.
     """
     deadline = time.monotonic() + timeout
+    begin = time.thread_time()
     while not (value := predicate()):
         if time.monotonic() > deadline:
             wanted = what or getattr(predicate, "__name__", repr(predicate))
             raise AssertionError(f"waited {timeout:g} s for {wanted}; last seen: {value!r}")
-        time.sleep(_POLL_SECONDS)
+        used, begin = time.thread_time() - begin, time.thread_time()
+        time.sleep(min(max(_POLL_SECONDS, 4 * used), _MOST_POLL_SECONDS))
     return value
 
 
