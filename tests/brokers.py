@@ -9,7 +9,7 @@ from celery_affinity.embedded import Server
 from harness import QUEUE_TYPE_VARIABLE, RESULTS_URL_VARIABLE
 from rabbit import RabbitServer
 
-__all__ = ("ELSEWHERE", "OTHERS", "RABBIT", "SAME", "Broker", "broker_of")
+__all__ = ("CLASSIC", "ELSEWHERE", "OTHERS", "QUORUM", "RABBIT", "SAME", "Broker", "broker_of")
 
 #: The broker is the ledger's Redis.
 SAME = "same-redis"

@@ -115,7 +115,10 @@ class RabbitServer:
         return self.url(name)
 
     def queues(self, url: str) -> dict[str, int]:
-        """How many messages the queues of a virtual host have, those that are out included."""
+        """How many messages the queues of a virtual host have, those that are out included.
+
+        (Of quorum queues as it was some seconds ago.)
+        """
         name = url.rpartition("/")[2]
         text = self.control(
             "lists:flatten([io_lib:format(\"~ts=~w;\", [element(4, Name), Count]) || "
@@ -123,6 +126,10 @@ class RabbitServer:
             "[name, messages])])"
         )
         return {name: int(count) for name, count in re.findall(r"([^;\"]+)=(\d+);", text)}
+
+    def log_text(self) -> str:
+        """What it has logged so far."""
+        return (self.directory / "server.log").read_text(errors="replace")
 
     def control(self, expression: str) -> str:
         """What an Erlang expression answers in the server.
@@ -154,7 +161,7 @@ class RabbitServer:
         deadline = time.monotonic() + _START_SECONDS
         while not self._lets_in():
             if self.pid is None or time.monotonic() > deadline:
-                log = (self.directory / "server.log").read_text(errors="replace")[-2000:]
+                log = self.log_text()[-2000:]
                 self.kill()
                 raise ConfigurationError(
                     f"rabbitmq-server on port {self.port} let nobody in within "
