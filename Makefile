@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # What depends on the server: the scripts, dispatch end to end, what is left behind.
 VALKEY_LAWS := $(patsubst %,tests/acceptance/test_%.py,order fairness cleanup)
 
-BENCHMARKS := throughput warmth fairness latency ledger growth
+BENCHMARKS := throughput warmth fairness latency ledger growth rabbitmq
 
 # pytest-celery and the tests start `celery` by its name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -100,6 +100,13 @@ class RabbitServer:
         process = self._processes.get("server")
         return process.pid if process and process.poll() is None else None
 
+    @property
+    def version(self) -> str:
+        """Such as "3.10.8"."""
+        found = re.search(r'"([\d.]+)"', self.control("rabbit_misc:version()"))
+        assert found is not None
+        return found[1]
+
     def url(self, virtual_host: str = "/") -> str:
         """The ``amqp://`` URL of a virtual host."""
         return f"amqp://guest:guest@{_HOST}:{self.port}/{virtual_host}"
