@@ -14,9 +14,9 @@ from celery_affinity.appconf import affinity_conf
 from celery_affinity.banner import banner
 from celery_affinity.bootstep import ConsumerStep, WorkerStep
 from celery_affinity.checks import refuse_settings, warnings_of
-from celery_affinity.connection import same_server
+from celery_affinity.choosing import choose_delivery, ledger_url
 from celery_affinity.dead_operations import DeadLetterCalls
-from celery_affinity.delivery import Delivery, SameRedisDelivery
+from celery_affinity.delivery import Delivery
 from celery_affinity.detour import to_pending_queue
 from celery_affinity.exceptions import ConfigurationError, UndeclaredQueueError
 from celery_affinity.exporting import check_metrics_port, scheduler_metrics
@@ -33,7 +33,6 @@ from celery_affinity.revoking import note_revokes
 from celery_affinity.service import SchedulerService
 from celery_affinity.settings import AffinityQueue, AffinitySettings, resolve
 from celery_affinity.task import TagFrom, declare, derive_tag, pending_queue
-from celery_affinity.topology import RedisNames
 
 __all__ = ("Affinity",)
 
@@ -116,28 +115,12 @@ class Affinity(Looking, Operations, DeadLetterCalls):
     @cached_property
     def redis_url(self) -> str:
         """URL of the ledger's Redis."""
-        broker = self.app.connection_for_write()
-        broker_url = str(self.app.conf.broker_write_url or self.app.conf.broker_url or "")
-        first = broker_url.split(";")[0]
-        own = self.settings.redis_url
-        if broker.transport.driver_type != "redis" or first.startswith("sentinel"):
-            raise ConfigurationError(
-                f"the broker is {broker.transport.driver_type or 'unknown'!r}; this version of "
-                "celery_affinity needs a Redis or Valkey broker (redis://, rediss://, "
-                "redis+socket://)"
-            )
-        if own is not None and not same_server(own, first):
-            raise ConfigurationError(
-                f"redis_url ({own}) is another database than the broker's ({broker.as_uri()}); "
-                "this version keeps the ledger in the broker's: leave redis_url out"
-            )
-        return own or first
+        return ledger_url(self.app, self.settings)
 
     @cached_property
     def delivery(self) -> Delivery:
         """How messages get into the ledger and out of it."""
-        options = self.app.conf.broker_transport_options or {}
-        return SameRedisDelivery(RedisNames.from_transport_options(options))
+        return choose_delivery(self.app, self.settings)
 
     # Declaring tasks
 

@@ -12,7 +12,7 @@ from redis.retry import Retry
 
 from celery_affinity.exceptions import ConfigurationError
 
-__all__ = ("Reachability", "check_server", "connect", "same_server")
+__all__ = ("Reachability", "check_server", "connect", "same_database", "same_server")
 
 #: Oldest Redis whose command set the scripts keep to (BLMOVE).
 MINIMUM_VERSION = (6, 2)
@@ -47,6 +47,20 @@ def same_server(one: str, other: str) -> bool:
         db = parts.path.strip("/") or "0"
         host = {"localhost": "127.0.0.1"}.get(parts.hostname or "localhost", parts.hostname or "")
         return (host, parts.port or 6379, db)
+
+    return identity(one) == identity(other)
+
+
+def same_database(one: Redis, other: Redis) -> bool:
+    """Whether two clients are connected to one database of one server, by its run id.
+
+    Raises:
+        redis.RedisError: If one of them cannot be asked.
+    """
+
+    def identity(client: Redis) -> tuple[str, int]:
+        info = client.info("server")
+        return str(info["run_id"]), int(client.connection_pool.connection_kwargs.get("db") or 0)
 
     return identity(one) == identity(other)
 
@@ -113,15 +127,17 @@ def _is_persistent(client: Redis, info: dict[str, object], logger: logging.Logge
 
 
 class Reachability:
-    """Logs one line when Redis stops answering or refuses, and one when it answers again.
+    """Logs one line when a server stops answering or refuses, and one when it answers again.
 
     Arguments:
         who: What waits meanwhile, such as "heartbeats".
+        server: What it waits for.
     """
 
-    def __init__(self, logger: logging.Logger, who: str) -> None:
+    def __init__(self, logger: logging.Logger, who: str, server: str = "Redis") -> None:
         self._logger = logger
         self._who = who
+        self._server = server
         self._reachable = True
 
     def answered(self) -> None:
@@ -129,7 +145,10 @@ class Reachability:
         if not self._reachable:
             self._reachable = True
             self._logger.warning(
-                "Redis answers again: %s go on.", self._who, extra={"action": "redis_back"}
+                "%s answers again: %s go on.",
+                self._server,
+                self._who,
+                extra={"action": "redis_back"},
             )
 
     def unanswered(self, error: Exception) -> None:
@@ -138,7 +157,8 @@ class Reachability:
             self._reachable = False
             refuses = isinstance(error, ResponseError)
             self._logger.warning(
-                "Redis %s (%s): %s wait.",
+                "%s %s (%s): %s wait.",
+                self._server,
                 "answers with an error" if refuses else "does not answer",
                 error,
                 self._who,

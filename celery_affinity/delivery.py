@@ -1,57 +1,104 @@
 """How messages come from the pending queue into the ledger and from there to a worker.
 
-Two strategies share the interface `Delivery`. This one, for a broker on the ledger's own Redis,
-lets the scripts move messages between the lists themselves, in the step that changes the state.
-A kombu-publishing one, for every other broker, is to come.
+Two strategies share the interface `Delivery`; the scripts are the same for both. With the broker on
+the ledger's own Redis they move messages between the broker's lists, in the step that changes
+the state. With any other broker lists in the ledger stand for the broker's: an inbox that a carrier
+fills (carrying.py), and for each node an outbox that it empties itself (relay.py).
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
-from celery_affinity.topology import RedisNames
+from celery_affinity.broker import Broker
+from celery_affinity.keys import Keys
+from celery_affinity.settings import AffinityQueue
+from celery_affinity.topology import RedisNames, worker_queue
 
-__all__ = ("Delivery", "SameRedisDelivery")
+__all__ = ("CarriedDelivery", "Delivery", "SameRedisDelivery")
 
 
 class Delivery(Protocol):
     """What the scheduler and the nodes need to know of the broker."""
 
-    def pending_lists(self, queue: str) -> list[str]:
+    #: The broker, if it is not the ledger's Redis.
+    broker: Broker | None
+
+    def pending_lists(self, queue: AffinityQueue) -> list[str]:
         """Lists to take messages from, most urgent first."""
         ...
 
-    def main_list(self, queue: str) -> str:
-        """The list of a queue for messages without a priority."""
+    def main_list(self, queue: AffinityQueue) -> str:
+        """The pending list for messages without a priority."""
         ...
 
-    def worker_list(self, worker_queue: str) -> str:
+    def worker_list(self, worker_queue: str, incarnation: str) -> str:
         """Where the ledger puts a dispatched message."""
         ...
 
-    def leftovers(self, worker_queue: str) -> list[str]:
-        """What to delete when its worker is gone."""
+    def leftovers(self, worker_queue: str, incarnation: str) -> list[str]:
+        """Keys of the ledger's Redis to delete when its worker is gone."""
+        ...
+
+    def worker_queue(self, name: str, before_declare: Callable[[], None] | None = None) -> Any:
+        """The kombu queue that an incarnation consumes."""
         ...
 
 
 class SameRedisDelivery:
     """Broker and ledger are one Redis database."""
 
+    broker: Broker | None = None
+
     def __init__(self, names: RedisNames) -> None:
         self._names = names
 
-    def pending_lists(self, queue: str) -> list[str]:
+    def pending_lists(self, queue: AffinityQueue) -> list[str]:
         """The pending queue's lists, one for each priority step."""
-        return self._names.lists(queue)
+        return self._names.lists(queue.pending)
 
-    def main_list(self, queue: str) -> str:
-        """The list of a queue for messages without a priority."""
-        return self._names.main_list(queue)
+    def main_list(self, queue: AffinityQueue) -> str:
+        """The pending queue's list for messages without a priority."""
+        return self._names.main_list(queue.pending)
 
-    def worker_list(self, worker_queue: str) -> str:
+    def worker_list(self, worker_queue: str, incarnation: str) -> str:
         """The worker queue's main list."""
         return self._names.main_list(worker_queue)
 
-    def leftovers(self, worker_queue: str) -> list[str]:
+    def leftovers(self, worker_queue: str, incarnation: str) -> list[str]:
         """The worker queue's lists and binding tables."""
         return self._names.leftovers(worker_queue)
+
+    def worker_queue(self, name: str, before_declare: Callable[[], None] | None = None) -> Any:
+        """A queue with an exchange of its own."""
+        return worker_queue(name, before_declare)
+
+
+class CarriedDelivery:
+    """The broker is elsewhere; lists of the ledger stand for its queues."""
+
+    def __init__(self, broker: Broker, keys: Keys) -> None:
+        self.broker: Broker | None = broker
+        self._there = broker
+        self._keys = keys
+
+    def pending_lists(self, queue: AffinityQueue) -> list[str]:
+        """The inbox. What is urgent was taken from the broker first."""
+        return [self._keys.inbox(queue.state)]
+
+    def main_list(self, queue: AffinityQueue) -> str:
+        """The inbox; what an evacuation puts there is given back to the broker."""
+        return self._keys.inbox(queue.state)
+
+    def worker_list(self, worker_queue: str, incarnation: str) -> str:
+        """The node's outbox, one for all its queues."""
+        return self._keys.outbox(incarnation)
+
+    def leftovers(self, worker_queue: str, incarnation: str) -> list[str]:
+        """The node's outbox; the worker queue itself is deleted by the carrier."""
+        return [self._keys.outbox(incarnation)]
+
+    def worker_queue(self, name: str, before_declare: Callable[[], None] | None = None) -> Any:
+        """A queue of the broker's own kind."""
+        return self._there.worker_queue(name, before_declare)

@@ -172,7 +172,7 @@ def _strangers(bound: Bound) -> Iterator[Finding]:
 
 def _queue(bound: Bound, client: Redis, queue: AffinityQueue) -> Iterator[Finding]:
     about = f"queue {queue.name!r}"
-    for name in bound.delivery.pending_lists(queue.pending):
+    for name in bound.delivery.pending_lists(queue):
         kind: Any = client.type(name)
         if kind not in (b"list", b"none"):
             fix = "give the queue a pending_queue_name that nothing else uses"

@@ -92,7 +92,7 @@ class Explainer:
             "hold": ("ZSCORE", key(state, "hold"), tag),
             **{
                 f"pending {name}": ("LLEN", name)
-                for name in self._delivery.pending_lists(self._queue.pending)
+                for name in self._delivery.pending_lists(self._queue)
             },
             **{
                 name: ("HGET", key(state, where), tag)
@@ -224,7 +224,7 @@ class Explainer:
         entry = self._scripts.find(key(state, "deadm"), task_id, FIND_PAGE)
         if entry is not None:
             return self._buried(task_id, entry)
-        for pending in self._delivery.pending_lists(self._queue.pending):
+        for pending in self._delivery.pending_lists(self._queue):
             place = self._scripts.find(pending, task_id, FIND_PAGE)
             if place is not None:
                 return TaskExplanation(self._queue.name, task_id, "pending", place)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 from celery_affinity.message import Stamp
 
 __all__ = ("Held",)
+
+#: Seconds for which a published message that does not arrive counts as on its way. (When the
+#: broker's connection is lost, it counts no more at once.)
+UNDER_WAY_SECONDS = 10.0
 
 
 class Held:
@@ -28,11 +33,24 @@ class Held:
         self._flushed: dict[str, list[None]] = {}
         #: Messages that were given their end while they ran -> whether their process has stopped.
         self._stopping: dict[str, Callable[[], bool]] = {}
+        #: Messages on their way over another broker, until when that is believed (monotonic).
+        self._under_way: dict[str, float] = {}
         #: Called with the stamp of each message that ends.
         self.on_end: Callable[[Stamp], None] = lambda stamp: None
 
+    def sent(self, stamp: Stamp) -> None:
+        """It is being published for this node: it counts as held, or the heartbeat would have it
+        sent again as long as it has not arrived.
+        """
+        self._under_way[stamp.held] = time.monotonic() + UNDER_WAY_SECONDS
+
+    def unsent(self, stamp: Stamp) -> None:
+        """It was not published after all."""
+        self._under_way.pop(stamp.held, None)
+
     def arrived(self, stamp: Stamp, request: Any) -> None:
         """A message reached the node."""
+        self._under_way.pop(stamp.held, None)
         self._requests.setdefault(stamp.held, (stamp, request))
         self._copies.setdefault(stamp.held, []).append(None)
 
@@ -43,6 +61,7 @@ class Held:
     def ended(self, stamp: Stamp) -> None:
         """It has ended here, in whatever way. While another copy of it is here it stays held."""
         held = stamp.held
+        self._under_way.pop(held, None)
         live = held in self._requests
         copies = (self._copies if live else self._flushed).get(held)
         if copies:
@@ -77,6 +96,7 @@ class Held:
         One that a process has just taken may be among them: the pool does not tell of its end. So
         it is to be sent again if it did not start, but not taken back if it did.
         """
+        self._under_way.clear()
         for held in list(self._requests):
             copies = self._copies.get(held, [])
             if held not in self._accepted:
@@ -97,8 +117,15 @@ class Held:
         for held, is_gone in list(self._stopping.items()):
             if is_gone():
                 self._stopping.pop(held, None)
+        now = time.monotonic()
+        for held, until in list(self._under_way.items()):
+            if until <= now:
+                self._under_way.pop(held, None)
         return [
-            *self._requests, *list(self._stopping), *(f"{held}:?" for held in list(self._flushed))
+            *list(self._under_way),
+            *self._requests,
+            *list(self._stopping),
+            *(f"{held}:?" for held in list(self._flushed)),
         ]
 
     def content(self) -> list[tuple[Stamp, Any, bool]]:

@@ -27,6 +27,18 @@ class Keys:
         """A key of the queue's part of the ledger."""
         return f"{self.prefix}q:{state}:{name}"
 
+    def inbox(self, state: str) -> str:
+        """List: messages that were carried here from another broker, the oldest at its tail."""
+        return self.queue(state, "inbox")
+
+    def outbox(self, incarnation: str) -> str:
+        """List: dispatched messages that the node has not published on another broker yet."""
+        return self.worker(incarnation, "out")
+
+    def abroad(self, state: str) -> str:
+        """Hash: worker queue on another broker -> the incarnation that consumes it."""
+        return self.queue(state, "abroad")
+
     @staticmethod
     def beat_state(app: str) -> str:
         """What stands for a queue's name in the election of an app's beats and in its last runs.

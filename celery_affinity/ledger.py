@@ -102,7 +102,7 @@ class Ledger:
         state = queue.state
 
         def ask(pipe: Any) -> None:
-            for pending in self._delivery.pending_lists(queue.pending):
+            for pending in self._delivery.pending_lists(queue):
                 pipe.llen(pending)
             pipe.hlen(key(state, "m"))
             pipe.zcard(key(state, "eta"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import json
 import lzma
+import re
 import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ __all__ = (
     "MAX_TAG_BYTES",
     "ONCE_HEADER",
     "REVOKED_HEADER",
+    "ROUTE_HEADER",
     "STAMP_HEADER",
     "TAG_HEADER",
     "Stamp",
@@ -38,6 +40,7 @@ __all__ = (
     "normalised",
     "raw_body",
     "spread_tag",
+    "stamp_of",
     "tag_text",
 )
 
@@ -47,6 +50,8 @@ TAG_HEADER = "identify_tag"
 STAMP_HEADER = "affinity_stamp"
 #: Header that a dispatched message has whose task is revoked.
 REVOKED_HEADER = "affinity_revoked"
+#: Header of a dispatched message on RabbitMQ: the exchange and key with which it was sent first.
+ROUTE_HEADER = "affinity_route"
 #: Header of a message that the ledger admits once, whatever its key is; the ledger takes it off.
 ONCE_HEADER = "affinity_once"
 #: Header of a periodic task: the moment for which it was due, ISO 8601 in UTC.
@@ -138,6 +143,15 @@ class Stamp:
     def held(self) -> str:
         """How a heartbeat names this message."""
         return f"{self.slot}:{self.entry}:{self.epoch}:{self.send}"
+
+
+_STAMP = re.compile(rb'"' + STAMP_HEADER.encode() + rb'": "([^"]*)"')
+
+
+def stamp_of(raw: bytes) -> Stamp | None:
+    """The stamp of a dispatched message: the ledger puts it in front of all other headers."""
+    found = _STAMP.search(raw)
+    return Stamp.parse(found.group(1).decode("utf-8", "replace")) if found else None
 
 
 def envelope(

@@ -21,11 +21,12 @@ from celery_affinity.keys import Keys
 from celery_affinity.namesake import Namesake
 from celery_affinity.node_info import slots_of
 from celery_affinity.pulse import Pulse
+from celery_affinity.relay import Relay
 from celery_affinity.reporter import Reporter
 from celery_affinity.request import requeue_unknown_tasks, strategy_for
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue, AffinitySettings
-from celery_affinity.topology import worker_queue, worker_queue_name
+from celery_affinity.topology import worker_queue_name
 from celery_affinity.unreadable import survive_unreadable
 from celery_affinity.vacancy import Vacancy
 from celery_affinity.waiting import refuse_waits_for_own_tag
@@ -71,7 +72,7 @@ class Node:
         internals.consume_worker_queues(
             self.app,
             [name for queue in settings.queues for name in {queue.name, queue.pending}],
-            [worker_queue(name, self._announce) for name in self.worker_queues.values()],
+            [delivery.worker_queue(name, self._announce) for name in self.worker_queues.values()],
         )
         # Else a worker ends when Redis refuses its BRPOP: BUSY, a full disk (MISCONF).
         self.app.conf.broker_channel_error_retry = True
@@ -84,6 +85,8 @@ class Node:
         if settings.role == "worker":
             names = {queue.state: queue.name for queue in serves}
             looks.append(Vacancy(names, 2 * settings.leader_ttl).look)
+        if delivery.broker is not None:
+            looks.append(self._note_abroad)
         self.reporter = Reporter(
             self._scripts,
             self.incarnation,
@@ -93,6 +96,7 @@ class Node:
             looks,
             self._pulse.beat,
         )
+        self._relay = self._make_relay()
         internals.call_before_cold_stop(worker, self.reporter.request_drain)
         self._started = False
         self._slots = 0
@@ -108,6 +112,29 @@ class Node:
     def _scripts(self, single_threaded: bool = False) -> Scripts:
         keys = Keys(self._settings.namespace)
         return Scripts(connect(self._url), keys, single_threaded=single_threaded)
+
+    def _make_relay(self) -> Relay | None:
+        broker = self._delivery.broker
+        if broker is None:
+            return None
+        return Relay(
+            connect(self._url),
+            Keys(self._settings.namespace).outbox(self.incarnation),
+            broker.outlet,
+            self._queue_abroad,
+            self.reporter.held,
+            lambda stamp, reason: self.reporter.discard(stamp, "bury", reason),
+        )
+
+    def _queue_abroad(self, state: str) -> str | None:
+        found = next((queue for queue in self._settings.queues if queue.state == state), None)
+        return None if found is None else self.worker_queues.get(found.name)
+
+    def _note_abroad(self, scripts: Scripts) -> None:
+        """Say again and again what is to be deleted on the broker when this node is gone."""
+        states = {queue.name: queue.state for queue in self._settings.queues}
+        queues = {states[name]: queue for name, queue in list(self.worker_queues.items())}
+        scripts.note_abroad(self.incarnation, queues)
 
     @property
     def slots(self) -> int:
@@ -128,12 +155,14 @@ class Node:
             (
                 queue.state,
                 min(queue.slots or self.slots, self.slots),
-                self._delivery.worker_list(self.worker_queues[queue.name]),
+                self._delivery.worker_list(self.worker_queues[queue.name], self.incarnation),
             )
             for queue in self.serves
         ]
         junk = [
-            key for name in self.worker_queues.values() for key in self._delivery.leftovers(name)
+            key
+            for name in self.worker_queues.values()
+            for key in self._delivery.leftovers(name, self.incarnation)
         ]
         return {
             "name": self.name,
@@ -217,6 +246,8 @@ class Node:
         else:
             self._started = True
             self._pulse.begin()
+            if self._relay is not None:
+                self._relay.start()
             internals.native_thread(self.reporter.run, "affinity-heartbeat")
         logger.info(
             "Serving %s with %d slots as %s.",
@@ -228,8 +259,26 @@ class Node:
 
     def leave(self) -> None:
         """The pool has stopped: this incarnation is no more."""
+        if self._relay is not None:
+            self._relay.stop()
         self.reporter.leave()
+        if self._relay is not None:
+            self._leave_broker(self._relay)
         self._pulse.end()
+
+    def _leave_broker(self, relay: Relay) -> None:
+        try:
+            relay.delete(list(self.worker_queues.values()))
+            scripts = self._scripts()
+            for queue in self._settings.queues:
+                if queue.name in self.worker_queues:
+                    scripts.forget_abroad(queue.state, [self.worker_queues[queue.name]])
+        except Exception as error:
+            logger.warning(
+                "Could not delete this worker's queues on the broker (%s): the leader does.",
+                error,
+                extra={"action": "leave_failed"},
+            )
 
     # In the parent, when what it serves changes (remote control)
 
@@ -244,7 +293,7 @@ class Node:
         name = self._worker_queue_name(queue)
         self.worker_queues = {**self.worker_queues, queue.name: name}
         self.serves = (*self.serves, queue)
-        self.app.amqp.queues.add(worker_queue(name))
+        self.app.amqp.queues.add(self._delivery.worker_queue(name))
         consume(name)
         self.reporter.changed()
 
@@ -271,6 +320,8 @@ class Node:
             check_server(scripts.client, logger)
             self._namesake.before_registration(scripts)
         self.reporter.register()
+        if self._relay is not None:
+            self._note_abroad(self._scripts())
 
     def info(self) -> dict[str, Any]:
         """For ``celery inspect affinity``, ``celery inspect stats`` and Flower."""

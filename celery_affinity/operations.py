@@ -51,7 +51,7 @@ class Operations(Bound):
             evacuation.resume(
                 self._scripts,
                 declared.state,
-                self.delivery.main_list(declared.pending),
+                self.delivery.main_list(declared),
                 lambda: self._ledger.entries(declared),
             )
             return True
@@ -176,7 +176,7 @@ class Operations(Bound):
         return evacuation.evacuate(
             self._scripts,
             declared.state,
-            self.delivery.main_list(declared.pending),
+            self.delivery.main_list(declared),
             lambda: self._ledger.entries(declared),
             timeout,
         )

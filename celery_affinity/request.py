@@ -26,7 +26,7 @@ from celery.worker.request import create_request_cls
 from celery_affinity.batch_calls import EVENTS_HEADER, Mates, mates_of
 from celery_affinity.gate import REFUSED
 from celery_affinity.held import Held
-from celery_affinity.message import REVOKED_HEADER, STAMP_HEADER, TAG_HEADER, Stamp
+from celery_affinity.message import REVOKED_HEADER, ROUTE_HEADER, STAMP_HEADER, TAG_HEADER, Stamp
 
 __all__ = ("LedgerEnds", "requeue_unknown_tasks", "strategy_for")
 
@@ -411,6 +411,7 @@ def strategy_for(
         stamp = Stamp.parse((message.headers or {}).get(STAMP_HEADER))
         if stamp is None:
             return stock(message, body, ack, reject, callbacks)
+        _as_sent(message)
         try:
             receive(message, stamp)
         except Exception as error:
@@ -425,6 +426,14 @@ def strategy_for(
         return None
 
     return handler
+
+
+def _as_sent(message: Any) -> None:
+    """Have it come as its producer had sent it, as it does on Redis: a retry is sent that way."""
+    route = message.headers.pop(ROUTE_HEADER, None)
+    if isinstance(route, (list, tuple)) and len(route) == 2:
+        info = message.delivery_info or {}
+        message.delivery_info = {**info, "exchange": route[0], "routing_key": route[1]}
 
 
 def requeue_unknown_tasks(consumer: Any, ends: LedgerEnds) -> None:

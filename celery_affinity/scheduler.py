@@ -19,6 +19,7 @@ from collections.abc import Callable
 from redis.exceptions import RedisError
 
 from celery_affinity.burials import Burials
+from celery_affinity.carrying import Carrier
 from celery_affinity.connection import Reachability, check_server
 from celery_affinity.doorbell import Doorbell
 from celery_affinity.exceptions import ConfigurationError
@@ -59,6 +60,7 @@ class Scheduler:
         burials: Burials,
         doorbells: Callable[[list[str]], Doorbell],
         pending: list[str],
+        carrier: Carrier | None = None,
     ) -> None:
         self._scripts = scripts
         self._queue = queue
@@ -66,6 +68,7 @@ class Scheduler:
         self._intake = intake
         self._rescuer = rescuer
         self._burials = burials
+        self._carrier = carrier
         self._stopping = threading.Event()
         keys = scripts.keys
         self._arrivals = doorbells([*pending, keys.queue(queue.state, "wake")])
@@ -101,7 +104,11 @@ class Scheduler:
                     self._reachability.answered()
                     self._vacancy.wait(min(wait, self._rescuer.pause))
                 else:
-                    self._lead()
+                    try:
+                        self._lead()
+                    finally:
+                        if self._carrier is not None:
+                            self._carrier.end()
             except RedisError as error:
                 self._elector.concede()
                 self._rescuer.unanswered()
@@ -130,6 +137,8 @@ class Scheduler:
         queue, fence = self._queue, self._elector.fence
         if self._scripts.configure(queue.state, fence, queue.limits, queue.own_concurrencies) == -1:
             return self._elector.concede()
+        if self._carrier is not None:
+            self._carrier.begin(fence)
         rescue_at = 0.0
         while self._elector.leading and not self._stopping.is_set():
             now = time.monotonic()

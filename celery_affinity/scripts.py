@@ -10,6 +10,7 @@ from redis import Redis
 from redis.commands.core import Script
 from redis.exceptions import OutOfMemoryError, RedisError
 
+from celery_affinity.broker import Taken
 from celery_affinity.exceptions import SchemaVersionError
 from celery_affinity.keys import Keys
 from celery_affinity.lua_text import LET_THROUGH, source, source_although_full
@@ -145,6 +146,50 @@ class Scripts:
             return int(answer[0]), False, 0, b""
         stop = int(answer[2])
         return int(answer[0]), bool(answer[1]), stop - 1 if stop else 0, answer[3]
+
+    def carry(
+        self,
+        state: str,
+        token: str,
+        fence: str,
+        taken: Sequence[Taken],
+        kept_ms: int,
+        most: int,
+    ) -> tuple[int, int]:
+        """Returns (carried, length of the inbox); carried is -1 if not the leader, -2 if the
+        queue is evacuated; see carry.lua.
+        """
+        words = [
+            word for one in taken for word in (one.identity, "again" if one.again else "", one.raw)
+        ]
+        answer = self._call("carry", state, token, fence, kept_ms, most, *words)
+        return int(answer[0]), int(answer[1]) if len(answer) > 1 else 0
+
+    def inbox_length(self, state: str) -> int:
+        """Messages that were carried and wait for intake. Reads only."""
+        return int(self.client.llen(self.keys.inbox(state)))
+
+    def is_evacuated(self, state: str) -> bool:
+        """Whether the queue is stopped. Reads only."""
+        return bool(self.client.hexists(self.keys.queue(state, "conf"), "evac"))
+
+    def note_abroad(self, incarnation: str, queues: Mapping[str, str]) -> None:
+        """Note what a node consumes on another broker: state name -> worker queue."""
+        for state, name in queues.items():
+            self.client.hset(self.keys.abroad(state), name, incarnation)
+
+    def forget_abroad(self, state: str, names: Sequence[str]) -> None:
+        """These worker queues are deleted."""
+        self.client.hdel(self.keys.abroad(state), *names)
+
+    def queues_abroad_of_the_lost(self, state: str) -> list[str]:
+        """Worker queues whose node is not registered (any more). Reads only."""
+        found: Any = self.client.hgetall(self.keys.abroad(state))
+        return [
+            _text(name)
+            for name, incarnation in found.items()
+            if self.client.zscore(self.keys.workers, incarnation) is None
+        ]
 
     def idle_slots(self, state: str) -> int:
         """Free slots that no ready tag waits for. Reads only."""

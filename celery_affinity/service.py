@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from celery_affinity.burials import Burials, Tell
+from celery_affinity.carrying import Carrier
 from celery_affinity.connection import connect
 from celery_affinity.delivery import Delivery
 from celery_affinity.doorbell import Doorbell
@@ -77,7 +79,7 @@ class SchedulerService:
     def _scheduler(self, queue: AffinityQueue) -> Scheduler:
         client = connect(self._url)
         scripts = Scripts(client, Keys(self._settings.namespace))
-        pending = self._delivery.pending_lists(queue.pending)
+        pending = self._delivery.pending_lists(queue)
         doorbells: Callable[[list[str]], Doorbell] = lambda lists: Doorbell(client, lists)  # noqa: E731
         return Scheduler(
             scripts,
@@ -88,4 +90,12 @@ class SchedulerService:
             Burials(scripts, queue.state, self._tell_buried),
             doorbells,
             pending,
+            self._carrier(queue),
         )
+
+    def _carrier(self, queue: AffinityQueue) -> Carrier | None:
+        broker = self._delivery.broker
+        if broker is None:
+            return None
+        scripts = Scripts(connect(self._url), Keys(self._settings.namespace))
+        return Carrier(scripts, queue.state, queue.name, partial(broker.source, queue.pending))

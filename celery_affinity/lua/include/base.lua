@@ -40,6 +40,9 @@
 --   q:<queue>:leader   string  "<candidate> <term>", expires
 --   q:<queue>:wake     list    doorbell of the leader;  vacant: list, doorbell of candidates
 --   q:<queue>:once     zset    keys of messages that are admitted once, until when each is kept (ms)
+--   q:<queue>:inbox    list    of a queue whose broker is elsewhere: messages carried here (carrying.py);
+--                              carried: zset, identity of each -> until when it is known (ms);
+--                              abroad: hash, worker queue on the broker -> its incarnation
 --   q:"beat:<app>":... leader, vacant, c as above: the election of the beat that sends the app's
 --                              periodic tasks; runs: hash, entry -> "<due> <schedule>" of its last
 --                              run;  unsent: hash, entry -> due, claimed but not yet published
@@ -52,6 +55,7 @@
 --                              change (number of its last change of queues or slots), beat
 --   w:<inc>:idle       set     free slots;  leased: set;  busy: hash, token -> slot of an
 --                              ordinary task ("-": owed);  owed: list of such tokens;
+--                              out: list, dispatched, to be published on another broker (relay.py);
 --                              lacks: set, names of tasks that it turned out not to know
 --   s:<inc>:<slot>     hash    the slot's lease and the answer to its last settle
 local P = KEYS[1]

@@ -1,0 +1,295 @@
+"""RabbitMQ as the broker, through kombu's py-amqp transport.
+
+Taken with manual acks, published with confirms and as mandatory: what no queue takes comes back.
+Neither connection is shared with Celery's own.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+from uuid import uuid4
+
+from amqp import Message
+from kombu import Queue
+
+from celery_affinity.broker import Taken, UnusableMessage
+from celery_affinity.forks import close_in_children
+from celery_affinity.message import ROUTE_HEADER
+from celery_affinity.topology import WorkerQueue
+
+__all__ = ("AmqpBroker", "AmqpOutlet", "AmqpSource", "enveloped", "unwrapped")
+
+#: Messages that RabbitMQ hands out before it is told what is done.
+PREFETCH = 200
+#: Seconds for an answer of RabbitMQ, confirms too (while its memory alarm is on there are none).
+ANSWER_SECONDS = 10.0
+#: Headers with which RabbitMQ counts deliveries: they differ between copies of one message.
+COUNTERS = frozenset(("x-delivery-count", "x-acquired-count"))
+#: Properties that a message keeps on its way. (An expiration would be that of its way only.)
+KEPT = frozenset(("correlation_id", "reply_to", "priority", "message_id", "type", "app_id"))
+
+#: Opens a kombu connection with these keyword arguments.
+Connect = Callable[..., Any]
+
+
+class AmqpBroker:
+    """Makes the connections.
+
+    Arguments:
+        connect: Opens a kombu connection to read from; keyword arguments as `kombu.Connection`.
+        pending_queue: Celery's declaration of a queue by name.
+        heartbeat_seconds: After twice that RabbitMQ gives up a scheduler that it does not hear.
+        expires_seconds: Seconds after which RabbitMQ deletes a worker queue without consumer.
+    """
+
+    def __init__(
+        self,
+        connect: Connect,
+        pending_queue: Callable[[str], Queue],
+        heartbeat_seconds: float,
+        expires_seconds: float,
+    ) -> None:
+        self._connect = connect
+        self._pending_queue = pending_queue
+        self._heartbeat = max(2, round(heartbeat_seconds))
+        self._expires = expires_seconds
+
+    def source(self, pending: str) -> AmqpSource:
+        """Connect to take from a pending queue."""
+        return AmqpSource(_open(self._connect, self._heartbeat), self._pending_queue(pending))
+
+    def outlet(self) -> AmqpOutlet:
+        """Connect to publish into worker queues."""
+        return AmqpOutlet(_open(self._connect, 0))
+
+    def worker_queue(self, name: str, before_declare: Callable[[], None] | None) -> Queue:
+        """A queue that expires. Durable, as RabbitMQ 4 advises against queues that are not."""
+        queue = WorkerQueue(
+            name, routing_key=name, durable=True, no_ack=True, expires=self._expires
+        )
+        queue.before_declare = before_declare
+        return queue
+
+
+def _open(connect: Connect, heartbeat: int) -> Any:
+    connection = connect(
+        heartbeat=heartbeat,
+        transport_options={
+            # Ours are counted for many messages at once.
+            "confirm_publish": False,
+            "read_timeout": ANSWER_SECONDS,
+            "write_timeout": ANSWER_SECONDS,
+        },
+    )
+    connection.ensure_connection(max_retries=2, interval_start=0, interval_step=0.2)
+    close_in_children(connection.connection.sock)
+    return connection
+
+
+def _hang_up(connection: Any) -> None:
+    try:
+        connection.release()
+    except Exception:
+        connection.collect()
+
+
+class AmqpSource:
+    """Consumes one pending queue."""
+
+    def __init__(self, connection: Any, queue: Queue) -> None:
+        self._connection = connection
+        self._queue = queue
+        self._received: list[Taken] = []
+        try:
+            self._channel = connection.channel()
+            self._channel.auto_decode = False
+            self._channel.basic_qos(0, PREFETCH, False)
+            bound = queue(self._channel)
+            bound.declare()
+            bound.consume(callback=self._receive, no_ack=False)  # type: ignore[arg-type]
+            self._publishing: Any = None
+        except Exception:
+            _hang_up(connection)
+            raise
+
+    def _receive(self, message: Any) -> None:
+        raw, identity = enveloped(message)
+        info = message.delivery_info
+        self._received.append(
+            Taken(raw, identity, bool(info.get("redelivered")), info["delivery_tag"])
+        )
+
+    def take(self, most: int, seconds: float) -> list[Taken]:
+        """Wait for a message, and take what has arrived with it."""
+        self._connection.heartbeat_check()
+        patience: float = 0.0 if self._received else seconds
+        while len(self._received) < most:
+            try:
+                self._connection.drain_events(timeout=patience or 0.001)
+            except TimeoutError:
+                break
+            patience = 0.0
+        taken, self._received = self._received[:most], self._received[most:]
+        return taken
+
+    def done(self, taken: Sequence[Taken]) -> None:
+        """Ack all these, in one go."""
+        self._channel.basic_ack(taken[-1].handle, multiple=True)
+
+    def give_back(self, raws: Sequence[bytes]) -> None:
+        """Publish copies that are messages of their own: with another identity, due anew."""
+        if self._publishing is None:
+            self._publishing = _Confirmed(self._connection)
+        name = self._queue.name
+        messages = [(name, unwrapped(raw, durable=True, message_id=str(uuid4()))) for raw in raws]
+        if not all(self._publishing.publish(messages)):
+            raise OSError(f"queue {name!r} is not there")
+
+    def delete(self, worker_queues: Sequence[str]) -> None:
+        """Delete queues, whether they are there or not."""
+        for name in worker_queues:
+            self._channel.queue_delete(name)
+
+    def close(self) -> None:
+        """Hang up; what is not acked goes back to its place."""
+        _hang_up(self._connection)
+
+
+class AmqpOutlet:
+    """Publishes into worker queues."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._publishing = _Confirmed(connection)
+
+    def publish(self, messages: Sequence[tuple[str, bytes]]) -> list[bool]:
+        """Publish all, then wait for their confirms."""
+        prepared = []
+        for at, (queue, raw) in enumerate(messages):
+            try:
+                message = unwrapped(raw, durable=False)
+                message._serialize_properties()
+            except Exception as error:
+                raise UnusableMessage(at, error) from error
+            prepared.append((queue, message))
+        return self._publishing.publish(prepared)
+
+    def delete(self, worker_queues: Sequence[str]) -> None:
+        """Delete queues, whether they are there or not."""
+        for name in worker_queues:
+            self._publishing.channel.queue_delete(name)
+
+    def close(self) -> None:
+        """Hang up."""
+        _hang_up(self._connection)
+
+
+class _Confirmed:
+    """A channel on which many messages are published and then confirmed together."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self.channel = connection.channel()
+        self.channel.confirm_select()
+        self.channel.events["basic_ack"].add(self._on_ack)
+        self.channel.events["basic_nack"].add(self._on_nack)
+        self.channel.events["basic_return"].add(self._on_return)
+        self._sent = self._acked = 0
+        self._early: set[int] = set()
+        self._returned: set[str] = set()
+        self._refused = False
+
+    def publish(self, messages: Sequence[tuple[str, Any]]) -> list[bool]:
+        """For each (queue, message) whether a queue has it."""
+        self._returned.clear()
+        self._refused = False
+        for queue, message in messages:
+            self.channel.basic_publish(message, exchange="", routing_key=queue, mandatory=True)
+            self._sent += 1
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while self._acked < self._sent:
+            self._connection.drain_events(timeout=max(0.01, deadline - time.monotonic()))
+        if self._refused:
+            raise OSError("RabbitMQ refused a message (nack)")
+        return [queue not in self._returned for queue, _ in messages]
+
+    def _on_ack(self, tag: int, multiple: bool) -> None:
+        if multiple:
+            self._acked = max(self._acked, tag)
+        else:
+            self._early.add(tag)
+        while self._acked + 1 in self._early:
+            self._acked += 1
+            self._early.discard(self._acked)
+        if multiple:
+            self._early = {other for other in self._early if other > self._acked}
+
+    def _on_nack(self, tag: int, multiple: bool) -> None:
+        self._refused = True
+        self._on_ack(tag, multiple)
+
+    def _on_return(self, error: Exception, exchange: str, routing_key: str, message: Any) -> None:
+        self._returned.add(routing_key)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know: AMQP tables may hold bytes and times."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def enveloped(message: Any) -> tuple[bytes, str]:
+    """A message of RabbitMQ as the ledger keeps it, and its identity.
+
+    Arguments:
+        message: py-amqp's, not decoded.
+    """
+    properties: dict[str, Any] = dict(message.properties)
+    found = properties.pop("application_headers", None) or {}
+    headers = {key: value for key, value in found.items() if key not in COUNTERS}
+    body = message.body.encode() if isinstance(message.body, str) else message.body
+    content = {
+        "headers": headers,
+        "body": b64encode(body).decode(),
+        "content-type": properties.pop("content_type", None) or "",
+        "content-encoding": properties.pop("content_encoding", None) or "utf-8",
+    }
+    text = json.dumps([content, properties], default=_plain, sort_keys=True)
+    identity = blake2b(text.encode(), digest_size=16).hexdigest()
+    info = message.delivery_info
+    route = {"exchange": info.get("exchange") or "", "routing_key": info.get("routing_key") or ""}
+    content["properties"] = {
+        **properties,
+        "priority": properties.get("priority") or 0,
+        "delivery_info": route,
+        "body_encoding": "base64",
+        "delivery_tag": identity,
+    }
+    return json.dumps(content, default=_plain).encode(), identity
+
+
+def unwrapped(raw: bytes, *, durable: bool, message_id: str | None = None) -> Any:
+    """The ledger's message as py-amqp's. One for a worker says how its producer had sent it."""
+
+    found: Mapping[str, Any] = json.loads(raw)
+    properties = found["properties"]
+    headers = dict(found["headers"])
+    if not durable:
+        route = properties.get("delivery_info") or {}
+        headers[ROUTE_HEADER] = [route.get("exchange") or "", route.get("routing_key") or ""]
+    kept = {name: value for name, value in properties.items() if name in KEPT and value is not None}
+    if message_id is not None:
+        kept["message_id"] = message_id
+    body = found["body"]
+    return Message(
+        b64decode(body) if properties.get("body_encoding") == "base64" else body.encode(),
+        application_headers=headers,
+        content_type=found.get("content-type"),
+        content_encoding=found.get("content-encoding"),
+        delivery_mode=2 if durable else 1,
+        **kept,
+    )

@@ -1,0 +1,203 @@
+"""Broker -> ledger, where they are not one Redis: the leader carries messages into the inbox.
+
+The inbox is a list of the ledger that plays the pending queue for intake (intake.py). The broker
+keeps each message until it is told that the ledger has it:
+
+    take --> carry.lua (inbox, tombstone) --> done
+
+Crash windows:
+
+- before carry.lua: the broker hands the message out again
+  (test_a_carrier_that_dies_between_any_two_calls_loses_and_doubles_nothing).
+- between carry.lua and done: it comes again, to whoever leads then, maybe after it has run. Its
+  tombstone says that it was carried
+  (test_a_message_that_is_redelivered_after_it_was_settled_is_not_admitted_again).
+- carry.lua's reply is lost: the repeat has the same token and gets the same answer.
+- a superseded leader: carry.lua compares the term and changes nothing
+  (test_two_leaders_at_once_carry_each_message_once).
+- give_back: between publish and removal the message is given back twice: plain Celery's delivery is
+  at least once (test_what_is_evacuated_goes_back_to_the_broker_in_order).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+from redis.exceptions import OutOfMemoryError, RedisError
+
+from celery_affinity.broker import Source, Taken
+from celery_affinity.connection import Reachability
+from celery_affinity.scripts import Scripts
+
+__all__ = ("Carrier", "give_back")
+
+logger = logging.getLogger(__name__)
+
+#: Messages that one script carries at most.
+BATCH = 200
+#: Messages in the inbox above which the carrier waits for intake.
+ENOUGH = 2000
+#: Seconds that a tombstone is kept, and how many at most: far more than are handed out at once.
+TOMBSTONE_SECONDS, TOMBSTONES = 3600.0, 10_000
+#: Seconds that one wait for a message takes at most; a stop is noticed in between.
+WAIT_SECONDS = 0.5
+#: Seconds before a broker or a Redis that failed is tried again.
+RETRY_SECONDS = 0.5
+#: Seconds between two looks for worker queues whose node is gone.
+SWEEP_SECONDS = 5.0
+
+
+class Carrier:
+    """Carries one affinity queue's messages while its process leads; a thread for each term.
+
+    Arguments:
+        connect: Opens the broker's side.
+
+    Does not: read messages; that is intake's.
+    """
+
+    def __init__(
+        self, scripts: Scripts, state: str, name: str, connect: Callable[[], Source]
+    ) -> None:
+        self._scripts = scripts
+        self._state = state
+        self._connect = connect
+        self._over = threading.Event()
+        self._reachability = Reachability(logger, f"tasks of {name!r}", "The broker")
+        self._full = False
+
+    def begin(self, fence: str) -> None:
+        """A term has begun: carry until `end`."""
+        self.end()
+        self._over = threading.Event()
+        threading.Thread(
+            target=self.run,
+            args=(fence, self._over),
+            name=f"affinity-carrier-{self._state}",
+            daemon=True,
+        ).start()
+
+    def end(self) -> None:
+        """The term is over. Does not wait: what is still under way is refused by carry.lua."""
+        self._over.set()
+
+    def run(self, fence: str, over: threading.Event) -> None:
+        """Carry until the term is over."""
+        source: Source | None = None
+        swept = 0.0
+        while not over.is_set():
+            try:
+                if self._scripts.is_evacuated(self._state):
+                    source = _closed(source)
+                    over.wait(1.0)
+                    continue
+                source = source or self._connect()
+                if time.monotonic() - swept >= SWEEP_SECONDS:
+                    sweep(self._scripts, self._state, source)
+                    swept = time.monotonic()
+                taken = source.take(BATCH, WAIT_SECONDS)
+                self._reachability.answered()
+                if taken:
+                    self._carry(fence, source, taken, over)
+            except _Stopped:
+                source = _closed(source)
+            except Exception as error:
+                source = _closed(source)
+                self._note(error)
+                over.wait(RETRY_SECONDS)
+        _closed(source)
+
+    def _carry(self, fence: str, source: Source, taken: list[Taken], over: threading.Event) -> None:
+        carried, waiting = self._scripts.carry(
+            self._state, uuid4().hex, fence, taken, int(TOMBSTONE_SECONDS * 1000), TOMBSTONES
+        )
+        if carried == -1:
+            over.set()
+        if carried < 0:
+            raise _Stopped
+        source.done(taken)
+        if carried < len(taken):
+            logger.info(
+                "%d messages of %r had been carried before: dropped (not an error).",
+                len(taken) - carried,
+                self._state,
+                extra={"action": "redelivered", "queue": self._state},
+            )
+        self._full = False
+        while waiting > ENOUGH and not over.wait(0.05):
+            waiting = self._scripts.inbox_length(self._state)
+
+    def _note(self, error: Exception) -> None:
+        if isinstance(error, OutOfMemoryError):
+            if not self._full:
+                logger.warning(
+                    "The ledger's memory is full: tasks of %r wait on the broker.",
+                    self._state,
+                    extra={"action": "memory_full", "queue": self._state},
+                )
+            self._full = True
+        elif isinstance(error, (OSError, RedisError)) or _is_of_a_client(error):
+            self._reachability.unanswered(error)
+        else:
+            logger.exception(
+                "Carrying %r failed; it goes on with a new connection.",
+                self._state,
+                extra={"action": "carry_failed", "queue": self._state},
+            )
+
+
+class _Stopped(Exception):
+    """The term is over, or the queue is evacuated."""
+
+
+def _is_of_a_client(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] in ("amqp", "kombu")
+
+
+def _closed(source: Source | None) -> Source | None:
+    if source is not None:
+        source.close()
+    return None
+
+
+def sweep(scripts: Scripts, state: str, source: Source) -> None:
+    """Delete worker queues on the broker whose node is not in the ledger (any more).
+
+    A node registers before it notes and declares its queues, so one that starts is not struck.
+    """
+    gone = scripts.queues_abroad_of_the_lost(state)
+    if gone:
+        source.delete(gone)
+        scripts.forget_abroad(state, gone)
+
+
+def give_back(client: Any, back: str, inbox: str, source: Source) -> int:
+    """Publish on the broker what an evacuation has put into a list; returns how many.
+
+    What has arrived since, in the inbox and on the broker, is younger: it goes behind them.
+
+    Arguments:
+        client: The ledger's Redis.
+        back: The list, its oldest message at the tail.
+    """
+    while client.lmove(inbox, back, "RIGHT", "LEFT") is not None:
+        pass
+    if not client.exists(back):
+        return 0
+    for _ in range(100_000 // BATCH):
+        younger = source.take(BATCH, WAIT_SECONDS)
+        if not younger:
+            break
+        client.lpush(back, *(one.raw for one in younger))
+        source.done(younger)
+    moved = 0
+    while raws := client.lrange(back, -BATCH, -1)[::-1]:
+        source.give_back(raws)
+        client.ltrim(back, 0, -len(raws) - 1)
+        moved += len(raws)
+    return moved

@@ -1,0 +1,34 @@
+-- carry: put messages that were taken from another broker into the inbox, each of them once.
+--
+-- KEYS[1] namespace prefix
+-- ARGV    queue, token of this request, fence, how long a tombstone is kept (ms), how many at most, then of
+--         each message, oldest first: its identity, 'again' if the broker may have sent it before, else
+--         '', and the message
+-- Returns {-1} not the leader; {-2} the queue is evacuated; {carried, length of the inbox}
+-- Each gets a tombstone. One that may have come before and has a tombstone already was carried, and may
+-- have run since: it is not carried again. A repeat (lost reply) gets the same answer.
+-- The first write is one that a full memory refuses: then the messages stay with the broker.
+-- @include base
+-- @include fence
+local q, token, fence, kept_ms, most = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+if not in_term(q, fence) then return {-1} end
+if conf(q).stopped then return {-2} end
+local inbox, carried = queue_key(q, 'inbox'), queue_key(q, 'carried')
+local answer = queue_key(q, 'done:' .. token)
+local before = redis.call('GET', answer)
+if before then return {tonumber(before), redis.call('LLEN', inbox)} end
+
+local done = 0
+for k = 6, #ARGV, 3 do
+  local until_ms = redis.call('ZSCORE', carried, ARGV[k])
+  redis.call('ZADD', carried, text(NOW + kept_ms), ARGV[k])
+  if ARGV[k + 1] == '' or not until_ms or tonumber(until_ms) <= NOW then
+    redis.call('LPUSH', inbox, ARGV[k + 2])
+    done = done + 1
+  end
+end
+redis.call('ZREMRANGEBYSCORE', carried, '-inf', text(NOW))
+redis.call('ZREMRANGEBYRANK', carried, 0, -most - 1)
+redis.call('PEXPIRE', carried, kept_ms)
+redis.call('SET', answer, done, 'PX', 60000)
+return {done, redis.call('LLEN', inbox)}

@@ -1,0 +1,126 @@
+"""Redis as the broker, with the ledger in another Redis: kombu's lists, read and written directly.
+
+kombu's own consumer takes a message off its list before it notes it anywhere; a crash between the
+two loses it. So messages are copied here and stay in their list until the ledger has them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from typing import Any
+from uuid import uuid4
+
+from kombu import Queue
+from redis import Redis
+
+from celery_affinity.broker import Taken
+from celery_affinity.doorbell import Doorbell
+from celery_affinity.topology import RedisNames, worker_queue
+
+__all__ = ("RedisBroker", "RedisOutlet", "RedisSource")
+
+
+class RedisBroker:
+    """Makes the connections.
+
+    Arguments:
+        connect: Makes a client of the broker's Redis.
+    """
+
+    def __init__(self, connect: Callable[[], Redis], names: RedisNames) -> None:
+        self._connect = connect
+        self._names = names
+
+    def source(self, pending: str) -> RedisSource:
+        """Connect to take from a pending queue."""
+        return RedisSource(self._connect(), self._names, pending)
+
+    def outlet(self) -> RedisOutlet:
+        """Connect to publish into worker queues."""
+        return RedisOutlet(self._connect(), self._names)
+
+    def worker_queue(self, name: str, before_declare: Callable[[], None] | None) -> Queue:
+        """As with broker and ledger in one Redis."""
+        return worker_queue(name, before_declare)
+
+
+class RedisOutlet:
+    """Puts messages into the lists of worker queues."""
+
+    def __init__(self, client: Redis, names: RedisNames) -> None:
+        self._client: Any = client
+        self._names = names
+
+    def publish(self, messages: Sequence[tuple[str, bytes]]) -> list[bool]:
+        """All in one step: a worker queue's list need not be there."""
+        with self._client.pipeline(transaction=True) as pipe:
+            for queue, raw in messages:
+                pipe.lpush(self._names.main_list(queue), raw)
+            pipe.execute()
+        return [True] * len(messages)
+
+    def delete(self, worker_queues: Sequence[str]) -> None:
+        """Delete their lists and binding tables."""
+        for queue in worker_queues:
+            self._client.delete(*self._names.leftovers(queue))
+
+    def close(self) -> None:
+        """Hang up."""
+        self._client.close()
+
+
+class RedisSource(RedisOutlet):
+    """Reads the lists of one pending queue."""
+
+    def __init__(self, client: Redis, names: RedisNames, pending: str) -> None:
+        super().__init__(client, names)
+        self._pending = pending
+        self._lists = names.lists(pending)
+        self._doorbell = Doorbell(client, self._lists)
+
+    def take(self, most: int, seconds: float) -> list[Taken]:
+        """Copy the oldest messages, those of urgent lists first."""
+        taken = self._copied(most)
+        if not taken and self._doorbell.wait(seconds):
+            taken = self._copied(most)
+        return taken
+
+    def _copied(self, most: int) -> list[Taken]:
+        taken: list[Taken] = []
+        for name in self._lists:
+            left = most - len(taken)
+            if not left:
+                break
+            found = self._client.lrange(name, -left, -1)[::-1]
+            # kombu gives each published copy a delivery tag of its own.
+            taken += [
+                Taken(raw, blake2b(raw, digest_size=16).hexdigest(), True, name) for raw in found
+            ]
+        return taken
+
+    def done(self, taken: Sequence[Taken]) -> None:
+        """Take them off their lists, by value: a superseded leader may be late."""
+        with self._client.pipeline(transaction=False) as pipe:
+            for one in taken:
+                pipe.lrem(one.handle, -1, one.raw)
+            pipe.execute()
+
+    def give_back(self, raws: Sequence[bytes]) -> None:
+        """Publish copies that are messages of their own: with another delivery tag."""
+        with self._client.pipeline(transaction=True) as pipe:
+            for raw in raws:
+                pipe.lpush(self._names.main_list(self._pending), _copy(raw))
+            pipe.execute()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._doorbell.close()
+        super().close()
+
+
+def _copy(raw: bytes) -> str:
+    message = json.loads(raw)
+    message["properties"]["delivery_tag"] = str(uuid4())
+    return json.dumps(message)
