@@ -31,8 +31,8 @@ test-all: docs docker-check ## Run the ledger's and the system's laws on Valkey 
 browser: $(VENV)/.dev ## Run the Affinity page's laws in chromium (a known fault: they fail, see CHANGELOG)
 	$(BIN)/python -m pytest -m browser tests/acceptance/test_affinity_page.py
 
-chaos: $(VENV)/.dev ## Faults under load for MINUTES=60, picked by SEED=..., judged every 3 minutes
-	PYTHONPATH=.:tests nice -n 5 $(BIN)/python -m chaos.run --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED))
+chaos: $(VENV)/.dev ## Faults under load for MINUTES=60, picked by SEED=..., judged every 3 minutes; BROKER=rabbitmq
+	PYTHONPATH=.:tests nice -n 5 $(BIN)/python -m chaos.run --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED)) $(if $(BROKER),--broker $(BROKER))
 
 sim: $(VENV)/.dev ## Simulate N=1000 histories from SEED=0 on, with a planted BUG=name, or BUG=all in turn
 	$(BIN)/python -m tests.sim --n $(or $(N),1000) --seed $(or $(SEED),0) --bug "$(BUG)"

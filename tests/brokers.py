@@ -9,8 +9,10 @@ from celery_affinity.embedded import Server
 from harness import QUEUE_TYPE_VARIABLE, RESULTS_URL_VARIABLE
 from rabbit import RabbitServer
 
-__all__ = ("CLASSIC", "ELSEWHERE", "OTHERS", "QUORUM", "RABBIT", "SAME", "Broker", "broker_of")
+__all__ = ("CLASSIC", "ELSEWHERE", "LEDGER_VARIABLE", "OTHERS", "QUORUM", "RABBIT", "SAME", "Broker", "broker_of")
 
+#: Tells the library where the ledger is, if that is not the broker.
+LEDGER_VARIABLE = "AFFINITY_REDIS_URL"
 #: The broker is the ledger's Redis.
 SAME = "same-redis"
 #: The broker is another Redis.
@@ -44,7 +46,7 @@ def broker_of(
     """
     if kind == SAME:
         return Broker(kind, ledger.url())
-    environ = {"AFFINITY_REDIS_URL": ledger.url(), RESULTS_URL_VARIABLE: ledger.url(1)}
+    environ = {LEDGER_VARIABLE: ledger.url(), RESULTS_URL_VARIABLE: ledger.url(1)}
     if kind == ELSEWHERE:
         assert elsewhere is not None
         return Broker(kind, elsewhere.url(), environ)

@@ -154,19 +154,23 @@ class RabbitServer:
         assert done.stdout.startswith("{ok"), f"{expression}: {done.stdout}{done.stderr}"
         return done.stdout
 
+    def spawn(self) -> None:
+        """Start it; `lets_in` says when it is there."""
+        mapper = self._processes.get("epmd")
+        if mapper is None or mapper.poll() is not None:
+            port = str(self._mapper_port)
+            self._spawn("epmd", [self._programs["epmd"], "-port", port, "-address", _HOST])
+        self._spawn("server", [self._programs["rabbitmq-server"]])
+
     def start(self) -> None:
         """Start it and wait until it lets clients in.
 
         Raises:
             ConfigurationError: If it ends or lets nobody in within 120 s.
         """
-        mapper = self._processes.get("epmd")
-        if mapper is None or mapper.poll() is not None:
-            port = str(self._mapper_port)
-            self._spawn("epmd", [self._programs["epmd"], "-port", port, "-address", _HOST])
-        self._spawn("server", [self._programs["rabbitmq-server"]])
+        self.spawn()
         deadline = time.monotonic() + _START_SECONDS
-        while not self._lets_in():
+        while not self.lets_in():
             if self.pid is None or time.monotonic() > deadline:
                 log = self.log_text()[-2000:]
                 self.kill()
@@ -175,6 +179,15 @@ class RabbitServer:
                     f"{_START_SECONDS:g} s. Its log ends:\n{log}"
                 )
             time.sleep(_POLL_SECONDS)
+
+    def lets_in(self) -> bool:
+        """Whether a client can connect."""
+        try:
+            with Connection(self.url(), connect_timeout=2) as connection:
+                connection.connect()
+        except (OSError, AMQPError, OperationalError):
+            return False
+        return True
 
     def kill(self) -> None:
         """SIGKILL it, as a crash would."""
@@ -253,14 +266,6 @@ class RabbitServer:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environ,
                 cwd=self.directory, start_new_session=True, preexec_fn=die_with_parent(),
             )
-
-    def _lets_in(self) -> bool:
-        try:
-            with Connection(self.url(), connect_timeout=2) as connection:
-                connection.connect()
-        except (OSError, AMQPError, OperationalError):
-            return False
-        return True
 
     def _set(self, **values: int) -> None:
         sets = [f"application:set_env(rabbit, {name}, {value})" for name, value in values.items()]
