@@ -1,0 +1,408 @@
+"""Laws of a broker that is not the ledger's Redis: the carrier and the relay on the real scripts.
+
+The broker is a list in this process that hands out, takes acks and hands out again.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from celery_affinity.broker import Taken, UnusableMessage
+from celery_affinity.carrying import TOMBSTONE_SECONDS, Carrier, give_back
+from celery_affinity.held import Held
+from celery_affinity.intake import Intake, no_tag
+from celery_affinity.message import Stamp, envelope, stamp_of
+from celery_affinity.relay import Relay
+from harness import wait_until
+from lua.conftest import Bench, Copy, Node
+
+
+class Died(BaseException):
+    """The process is gone: nothing catches this."""
+
+
+class Hub:
+    """A broker with one pending queue, and worker queues by name."""
+
+    def __init__(self) -> None:
+        self.waiting: list[list[Any]] = []  # [raw, was handed out before]
+        self.queues: dict[str, list[bytes]] = {}
+        self.deleted: list[str] = []
+        self.calls = 0
+        self.dies_at: int | None = None
+        self.is_away = False
+
+    def publish(self, *names: str) -> None:
+        for name in names:
+            self.waiting.append([message(name), False])
+
+    def step(self) -> None:
+        """Die here if it is the time to."""
+        self.calls += 1
+        if self.calls == self.dies_at:
+            raise Died
+        if self.is_away:
+            raise OSError("away")
+
+    def source(self) -> HubSource:
+        self.step()
+        return HubSource(self)
+
+    def outlet(self) -> HubOutlet:
+        self.step()
+        return HubOutlet(self)
+
+
+class HubSource:
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        self.out: list[list[Any]] = []
+        self.idle = threading.Event()
+
+    def take(self, most: int, seconds: float) -> list[Taken]:
+        self.hub.step()
+        found, self.hub.waiting = self.hub.waiting[:2], self.hub.waiting[2:]
+        self.out += found
+        if not found:
+            self.idle.set()
+            raise Idle
+        taken = [Taken(raw, str(hash(raw)), again, one) for one in found for raw, again in [one]]
+        for one in found:
+            one[1] = True
+        self.hub.step()
+        return taken
+
+    def done(self, taken: Sequence[Taken]) -> None:
+        self.hub.step()
+        self.out = [one for one in self.out if not any(one is t.handle for t in taken)]
+        self.hub.step()
+
+    def give_back(self, raws: Sequence[bytes]) -> None:
+        self.hub.step()
+        self.hub.waiting += [[raw, False] for raw in raws]
+
+    def delete(self, worker_queues: Sequence[str]) -> None:
+        self.hub.deleted += worker_queues
+
+    def close(self) -> None:
+        self.hub.waiting = self.out + self.hub.waiting
+        self.out = []
+
+
+class HubOutlet:
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+
+    def publish(self, messages: Sequence[tuple[str, bytes]]) -> list[bool]:
+        self.hub.step()
+        for at, (_, raw) in enumerate(messages):
+            if b"unsendable" in raw:
+                raise UnusableMessage(at, ValueError("unsendable"))
+        for queue, raw in messages:
+            if queue in self.hub.queues:
+                self.hub.queues[queue].append(raw)
+        return [queue in self.hub.queues for queue, _ in messages]
+
+    def delete(self, worker_queues: Sequence[str]) -> None:
+        self.hub.deleted += worker_queues
+
+    def close(self) -> None:
+        pass
+
+
+class Idle(BaseException):
+    """Nothing is left to carry."""
+
+
+def message(name: str) -> bytes:
+    tag = name.partition("-")[0]
+    headers = {"id": name, "task": "t", "identify_tag": tag}
+    return envelope(
+        [[], {}, {}], headers, {}, serializer="json", compression=None, routing_key="q"
+    ).encode()
+
+
+def carry(bench: Bench, hub: Hub, fence: str | None = None) -> None:
+    """Carry until nothing is left, the term is over, or it dies. A dead one's connection breaks."""
+    sources: list[HubSource] = []
+
+    def connect() -> HubSource:
+        sources.append(hub.source())
+        return sources[-1]
+
+    carrier = Carrier(bench.scripts, "q", "q", connect)
+    try:
+        carrier.run(fence or bench.fence, threading.Event())
+    except Idle:
+        pass
+    finally:
+        for source in sources:
+            source.close()
+
+
+def admit_all(bench: Bench) -> None:
+    intake = Intake(bench.scripts, "q", [bench.scripts.keys.inbox("q")], no_tag)
+    while intake.run(bench.fence)[1]:
+        pass
+
+
+def admitted(bench: Bench) -> list[str]:
+    """Ids of what is in the ledger, in the order of admission."""
+    found = bench.client.hgetall(bench.queue_key("m"))
+    return [json.loads(found[entry])["headers"]["id"] for entry in sorted(found, key=int)]
+
+
+NAMES = [f"{tag}-{n}" for n in range(3) for tag in "ab"]
+
+
+def test_a_message_that_is_redelivered_after_it_was_settled_is_not_admitted_again(bench: Bench) -> None:
+    bench.lead()
+    node = bench.node("n")
+    hub = Hub()
+    hub.publish("a-1", "a-2")
+    hub.dies_at = 4  # connect, take, taken, then: carried, and not yet acked
+    with pytest.raises(Died):
+        carry(bench, hub)
+    admit_all(bench)
+    assert node.drain_all() == ["a-1", "a-2"], "they have run before the broker has an ack"
+
+    hub.publish("a-3")
+    carry(bench, hub)
+    admit_all(bench)
+    assert node.drain_all() == ["a-3"], "those that came again were dropped"
+    assert hub.waiting == []
+
+
+@pytest.mark.parametrize("step", range(1, 15))
+def test_a_carrier_that_dies_between_any_two_calls_loses_and_doubles_nothing(
+    bench: Bench, step: int
+) -> None:
+    bench.lead()
+    hub = Hub()
+    hub.publish(*NAMES)
+    hub.dies_at = step
+    with pytest.raises(Died):
+        carry(bench, hub)
+
+    bench.scripts.resign("q", bench.fence)
+    bench.lead(candidate="leader/2")
+    hub.dies_at = None
+    carry(bench, hub)
+    admit_all(bench)
+    assert admitted(bench) == NAMES
+    assert hub.waiting == []
+
+
+def test_two_leaders_at_once_carry_each_message_once(bench: Bench) -> None:
+    bench.lead()
+    superseded = bench.fence
+    hub = Hub()
+    hub.publish(*NAMES)
+    frozen = hub.source()
+    taken = frozen.take(200, 0)
+    bench.scripts.resign("q", superseded)
+    bench.lead(candidate="leader/2")
+    carry(bench, hub)  # what the frozen one has is not to be had yet
+
+    answer = bench.scripts.carry("q", "late", superseded, taken, 60_000, 100)
+    assert answer[0] == -1, "the frozen one wakes, and may carry nothing"
+    frozen.close()
+    carry(bench, hub)
+    admit_all(bench)
+    assert sorted(admitted(bench)) == sorted(NAMES)
+    assert hub.waiting == []
+
+
+def test_a_superseded_carrier_ends_by_itself(bench: Bench) -> None:
+    bench.lead()
+    superseded = bench.fence
+    bench.scripts.resign("q", superseded)
+    bench.lead(candidate="leader/2")
+    hub = Hub()
+    hub.publish(*NAMES)
+    carry(bench, hub, superseded)
+    assert [raw for raw, _ in hub.waiting] and len(hub.waiting) == len(NAMES), "all went back"
+    assert bench.scripts.inbox_length("q") == 0
+
+
+def test_a_carry_whose_reply_was_lost_gets_its_first_answer(bench: Bench) -> None:
+    bench.lead()
+    taken = [Taken(message("a-1"), "one", False, None)]
+    first = bench.scripts.carry("q", "token", bench.fence, taken, 60_000, 100)
+    assert first == (1, 1)
+    assert bench.scripts.carry("q", "token", bench.fence, taken, 60_000, 100) == first
+    assert bench.scripts.inbox_length("q") == 1
+
+
+def test_the_same_task_sent_twice_by_its_producer_is_two_tasks(bench: Bench) -> None:
+    """RabbitMQ says which message it may have handed out before; only that one can be a copy."""
+    bench.lead()
+    again = message("a-1")
+    for token in ("first", "second"):
+        bench.scripts.carry("q", token, bench.fence, [Taken(again, "same", False, None)], 60_000, 9)
+    assert bench.scripts.inbox_length("q") == 2
+
+
+def test_tombstones_are_bounded_by_number_and_by_time(bench: Bench) -> None:
+    bench.lead()
+    taken = [Taken(message(f"a-{n}"), f"i{n}", True, None) for n in range(15)]
+    bench.scripts.carry("q", "t1", bench.fence, taken[:10], 60_000, 10)
+    carried, before = bench.queue_key("carried"), bench.now_ms()
+    wait_until(lambda: bench.now_ms() > before, what="the next millisecond")
+    bench.scripts.carry("q", "t2", bench.fence, taken[10:], 60_000, 10)
+    assert bench.client.zcard(carried) == 10
+    assert all(bench.client.zscore(carried, f"i{n}") for n in range(10, 15)), "the newest stay"
+    assert 0 < bench.client.pttl(carried) <= TOMBSTONE_SECONDS * 1000
+
+    bench.client.zadd(carried, {"i14": bench.now_ms() - 1})
+    answer = bench.scripts.carry("q", "t3", bench.fence, taken[-2:], 60_000, 10)
+    assert answer[0] == 1, "i13 is known, i14 no more"
+
+
+def test_while_a_queue_is_evacuated_its_messages_stay_on_the_broker(bench: Bench) -> None:
+    bench.lead()
+    bench.client.hset(bench.queue_key("conf"), "evac", "1")
+    answer = bench.scripts.carry(
+        "q", "t", bench.fence, [Taken(message("a-1"), "i", False, None)], 60_000, 10
+    )
+    assert answer[0] == -2 and bench.scripts.inbox_length("q") == 0
+
+
+def test_what_is_evacuated_goes_back_to_the_broker_in_order(bench: Bench) -> None:
+    bench.lead()
+    back, inbox = bench.queue_key("back"), bench.scripts.keys.inbox("q")
+    hub = Hub()
+    bench.client.lpush(back, message("a-1"), message("a-2"))
+    bench.client.lpush(inbox, message("a-3"))
+    hub.publish("a-4")
+
+    class Patient(HubSource):
+        def take(self, most: int, seconds: float) -> list[Taken]:
+            try:
+                return super().take(most, seconds)
+            except Idle:
+                return []
+
+    assert give_back(bench.client, back, inbox, Patient(hub)) == 4
+    ids = [json.loads(raw)["headers"]["id"] for raw, _ in hub.waiting]
+    assert ids == ["a-1", "a-2", "a-3", "a-4"]
+    assert not bench.client.exists(back, inbox)
+
+
+# The relay
+
+
+@pytest.fixture
+def hub() -> Hub:
+    return Hub()
+
+
+class Relayed:
+    """A node "n" whose outbox a relay empties into the hub's queue "wq"."""
+
+    def __init__(self, bench: Bench, hub: Hub, *ids: str) -> None:
+        self.bench, self.hub = bench, hub
+        self.node: Node = bench.opening(*ids)
+        self.held = Held()
+        self.buried: list[tuple[Stamp, str]] = []
+        hub.queues["wq"] = []
+        self.relay = Relay(
+            bench.client, self.node.list, hub.outlet, lambda state: "wq" if state == "q" else None,
+            self.held, lambda stamp, reason: self.buried.append((stamp, reason)),
+        )
+
+    def once(self) -> bool:
+        return self.relay.relay(self.hub.outlet(), self.relay.waiting())
+
+    def arrivals(self) -> list[Copy]:
+        raws, self.hub.queues["wq"] = self.hub.queues["wq"], []
+        copies = []
+        for raw in raws:
+            stamp = stamp_of(raw)
+            assert stamp is not None
+            self.held.arrived(stamp, None)
+            headers = json.loads(raw)["headers"]
+            copies.append(Copy(self.node, stamp, headers["id"], headers["identify_tag"]))
+        return copies
+
+    def beat(self, number: int) -> int:
+        """A heartbeat without grace; how many messages it has sent again."""
+        return self.bench.scripts.heartbeat("n", str(number), 0, self.held.names())[1]
+
+
+@pytest.fixture
+def relayed(bench: Bench, hub: Hub) -> Iterator[Relayed]:
+    yield Relayed(bench, hub, "1", "2")
+
+
+def test_a_relay_that_dies_between_publish_and_removal_doubles_no_run(relayed: Relayed) -> None:
+    remove, relayed.relay._remove = relayed.relay._remove, _dies  # type: ignore[method-assign]
+    with pytest.raises(Died):
+        relayed.once()
+    relayed.relay._remove = remove  # type: ignore[method-assign]
+    assert relayed.once()
+
+    first, second = relayed.arrivals()
+    assert first.stamp == second.stamp
+    assert first.start() == 1
+    assert second.start() < 0, "the other copy of it runs"
+    assert first.settle()
+    assert relayed.once()
+    assert [copy.id for copy in relayed.arrivals()] == ["a-2"]
+
+
+def _dies(raws: Sequence[bytes]) -> None:
+    raise Died
+
+
+def test_while_the_broker_is_away_no_message_is_sent_again_and_again(relayed: Relayed) -> None:
+    relayed.hub.is_away = True
+    for number in range(3):
+        with pytest.raises(OSError):
+            relayed.once()
+        assert relayed.beat(number) == 0, "it waits in the outbox"
+    relayed.hub.is_away = False
+    assert relayed.once()
+    for number in range(3, 6):
+        assert relayed.beat(number) == 0, "it is on its way from the broker"
+
+    relayed.hub.queues["wq"] = []  # the broker has lost it, and so the connection
+    relayed.held.flushed()
+    assert [relayed.beat(number) for number in range(6, 9)] == [1, 0, 0]
+    assert relayed.once()
+    (copy,) = relayed.arrivals()
+    assert copy.run()
+
+
+def test_what_was_published_and_does_not_arrive_is_sent_again_after_a_while(
+    relayed: Relayed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("celery_affinity.held.UNDER_WAY_SECONDS", -1.0)
+    assert relayed.once()
+    assert relayed.beat(1) == 1
+
+
+def test_a_message_for_a_queue_that_is_not_declared_stays_in_the_outbox(relayed: Relayed) -> None:
+    del relayed.hub.queues["wq"]
+    assert not relayed.once()
+    assert relayed.held.names() == []
+    assert relayed.beat(1) == 0
+    relayed.hub.queues["wq"] = []
+    assert relayed.once()
+    assert len(relayed.arrivals()) == 1
+
+
+def test_a_message_that_the_client_cannot_send_is_buried_and_holds_up_no_other(bench: Bench, hub: Hub) -> None:
+    relayed = Relayed(bench, hub, "unsendable", "2")
+    assert not relayed.once() or relayed.buried
+    ((stamp, reason),) = relayed.buried
+    assert reason == "ValueError: unsendable"
+    assert bench.client.llen(relayed.node.list) == 0
+    assert bench.scripts.discard("n", stamp.slot, stamp.entry, stamp.epoch, stamp.send, "bury", reason, True)
+    assert relayed.once()
+    assert [copy.id for copy in relayed.arrivals()] == ["a-2"]
