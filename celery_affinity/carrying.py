@@ -176,15 +176,13 @@ def sweep(scripts: Scripts, state: str, source: Source) -> None:
         scripts.forget_abroad(state, gone)
 
 
-def give_back(client: Any, back: str, inbox: str, source: Source) -> int:
+def give_back(scripts: Scripts, state: str, source: Source) -> int:
     """Publish on the broker what an evacuation has put into a list; returns how many.
 
     What has arrived since, in the inbox and on the broker, is younger: it goes behind them.
-
-    Arguments:
-        client: The ledger's Redis.
-        back: The list, its oldest message at the tail.
     """
+    client: Any = scripts.client
+    back, inbox = scripts.keys.back(state), scripts.keys.inbox(state)
     while client.lmove(inbox, back, "RIGHT", "LEFT") is not None:
         pass
     if not client.exists(back):

@@ -30,7 +30,7 @@ class Delivery(Protocol):
         ...
 
     def main_list(self, queue: AffinityQueue) -> str:
-        """The pending list for messages without a priority."""
+        """Where an evacuation puts messages: the pending list for those without a priority."""
         ...
 
     def worker_list(self, worker_queue: str, incarnation: str) -> str:
@@ -88,8 +88,8 @@ class CarriedDelivery:
         return [self._keys.inbox(queue.state)]
 
     def main_list(self, queue: AffinityQueue) -> str:
-        """The inbox; what an evacuation puts there is given back to the broker."""
-        return self._keys.inbox(queue.state)
+        """What an evacuation puts there is then given back to the broker (carrying.py)."""
+        return self._keys.back(queue.state)
 
     def worker_list(self, worker_queue: str, incarnation: str) -> str:
         """The node's outbox, one for all its queues."""

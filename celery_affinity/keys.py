@@ -31,6 +31,10 @@ class Keys:
         """List: messages that were carried here from another broker, the oldest at its tail."""
         return self.queue(state, "inbox")
 
+    def back(self, state: str) -> str:
+        """List: what an evacuation gives back to another broker, the oldest at its tail."""
+        return self.queue(state, "back")
+
     def outbox(self, incarnation: str) -> str:
         """List: dispatched messages that the node has not published on another broker yet."""
         return self.worker(incarnation, "out")

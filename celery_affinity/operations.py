@@ -6,10 +6,11 @@ that was refused, or whose caller died in between, is in the record too.
 
 from __future__ import annotations
 
-from celery_affinity import evacuation, steering
+from celery_affinity import carrying, evacuation, steering
 from celery_affinity.bound import Bound
 from celery_affinity.exceptions import OperationError
 from celery_affinity.message import tag_text
+from celery_affinity.settings import AffinityQueue
 from celery_affinity.types import EvacuationRecord
 from celery_affinity.who import write_down
 
@@ -48,6 +49,8 @@ class Operations(Bound):
         declared = self._declared(queue)
         if tag is None:
             write_down(self._scripts, by, "resume", queue)
+            if self._scripts.is_evacuated(declared.state):
+                self._give_back(declared)
             evacuation.resume(
                 self._scripts,
                 declared.state,
@@ -173,10 +176,22 @@ class Operations(Bound):
         """
         declared = self._declared(queue)
         write_down(self._scripts, by, "evacuate", queue)
-        return evacuation.evacuate(
+        record = evacuation.evacuate(
             self._scripts,
             declared.state,
             self.delivery.main_list(declared),
             lambda: self._ledger.entries(declared),
             timeout,
         )
+        if record.done:
+            self._give_back(declared)
+        return record
+
+    def _give_back(self, queue: AffinityQueue) -> None:
+        broker = self.delivery.broker
+        if broker is not None:
+            source = broker.source(queue.pending)
+            try:
+                carrying.give_back(self._scripts, queue.state, source)
+            finally:
+                source.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -78,8 +78,8 @@ def rabbit(rabbit_server: RabbitServer) -> RabbitServer:
 
 
 @pytest.fixture
-def elsewhere(server_binary: Path) -> Iterator[Server]:
-    """A second server beside `server`, which loses no write when it is killed."""
+def broker_server(server_binary: Path) -> Iterator[Server]:
+    """A Redis that is the broker only, which loses no write when it is killed."""
     with start_server(aof=True) as running:
         yield running
 
@@ -91,7 +91,7 @@ def broker(server: Server, request: pytest.FixtureRequest) -> Broker:
     return broker_of(
         kind, server,
         request.getfixturevalue("rabbit") if kind.startswith("rabbitmq") else None,
-        request.getfixturevalue("elsewhere") if kind == ELSEWHERE else None,
+        request.getfixturevalue("broker_server") if kind == ELSEWHERE else None,
     )
 
 
@@ -110,19 +110,31 @@ def history_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def cluster(
-    broker: Broker, tmp_path: Path, history_path: Path, request: pytest.FixtureRequest,
+def make_cluster(
+    tmp_path: Path, history_path: Path, request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Cluster]:
-    """Starts nodes on `broker`; all their processes are gone when the test is over."""
-    for name, value in {BROKER_VARIABLE: broker.url, **broker.environ}.items():
-        monkeypatch.setenv(name, value)
-    nodes = Cluster(broker.url, tmp_path, history_path)
-    request.node.stash.setdefault(_clusters, []).append(nodes)
+) -> Iterator[Callable[..., Cluster]]:
+    """Makes clusters on a broker; all their processes are gone when the test is over."""
+    made: list[Cluster] = []
+
+    def make(broker_url: str, **environ: str) -> Cluster:
+        for name, value in {BROKER_VARIABLE: broker_url, **environ}.items():
+            monkeypatch.setenv(name, value)
+        made.append(Cluster(broker_url, tmp_path, history_path, environ))
+        request.node.stash.setdefault(_clusters, []).append(made[-1])
+        return made[-1]
+
     try:
-        yield nodes
+        yield make
     finally:
-        nodes.destroy()
+        for nodes in made:
+            nodes.destroy()
+
+
+@pytest.fixture
+def cluster(broker: Broker, make_cluster: Callable[..., Cluster]) -> Cluster:
+    """Starts nodes on `broker`; all their processes are gone when the test is over."""
+    return make_cluster(broker.url, **broker.environ)
 
 
 @pytest.hookimpl(wrapper=True)

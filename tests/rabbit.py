@@ -173,7 +173,7 @@ class RabbitServer:
         while not self.lets_in():
             if self.pid is None or time.monotonic() > deadline:
                 log = self.log_text()[-2000:]
-                self.kill()
+                self._end("server", signal.SIGKILL)
                 raise ConfigurationError(
                     f"rabbitmq-server on port {self.port} let nobody in within "
                     f"{_START_SECONDS:g} s. Its log ends:\n{log}"
@@ -190,7 +190,13 @@ class RabbitServer:
         return True
 
     def kill(self) -> None:
-        """SIGKILL it, as a crash would."""
+        """SIGKILL it, as a crash would.
+
+        First it is made to note down which quorum queues there are, as it does every few seconds:
+        RabbitMQ 3.10 does not find a queue again that was declared just before.
+        """
+        if self.pid is not None:
+            self.control("[dets:sync(Table) || Table <- dets:all()]")
         self._end("server", signal.SIGKILL)
 
     def pause(self) -> None:

@@ -1,47 +1,208 @@
-"""What holds with broker and ledger on one Redis holds on every other broker beside the ledger.
-
-The laws are those of other files, on the brokers of brokers.py.
-"""
+"""The ledger in a Redis of its own, with the broker elsewhere: in another Redis, in RabbitMQ."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
+from kombu import Connection
+from redis import Redis
 
-from acceptance.support import Producer
-from acceptance.test_order import (
-    test_a_single_worker_schedules_for_itself,
-    test_a_tag_with_concurrency_three_never_exceeds_it_and_starts_in_order,
-    test_one_queue_one_worker_one_tag_runs_in_order,
-    test_tasks_with_a_due_time_run_not_before_it_and_soon_after,
-    test_thirty_tags_on_three_nodes_lose_double_overlap_and_reorder_nothing,
+from acceptance.support import (
+    APP,
+    LEAN,
+    QUICK,
+    Producer,
+    finished,
+    leading,
+    start,
+    starts_are,
+    wait_for_nodes,
+    wait_for_run,
 )
-from acceptance.test_recovery import (
-    test_a_killed_workers_tags_run_elsewhere_within_the_heartbeat_timeout,
-    test_a_leader_that_goes_is_replaced,
-    test_a_warm_stop_gives_back_what_it_had_not_started,
-    test_with_role_both_whichever_dies_the_other_goes_on,
-)
-from brokers import OTHERS
-from harness import Cluster
+from celery_affinity.embedded import Server
+from harness import Cluster, wait_for_ends, wait_until
+from history import History
+from rabbit import RabbitServer
 
-__all__ = (
-    "test_a_killed_workers_tags_run_elsewhere_within_the_heartbeat_timeout",
-    "test_a_leader_that_goes_is_replaced",
-    "test_a_single_worker_schedules_for_itself",
-    "test_a_tag_with_concurrency_three_never_exceeds_it_and_starts_in_order",
-    "test_a_warm_stop_gives_back_what_it_had_not_started",
-    "test_one_queue_one_worker_one_tag_runs_in_order",
-    "test_tasks_with_a_due_time_run_not_before_it_and_soon_after",
-    "test_thirty_tags_on_three_nodes_lose_double_overlap_and_reorder_nothing",
-    "test_with_role_both_whichever_dies_the_other_goes_on",
-)
+pytestmark = pytest.mark.acceptance
 
-pytestmark = [
-    pytest.mark.acceptance, pytest.mark.rabbitmq,
-    pytest.mark.parametrize("broker", OTHERS, indirect=True),
-]
+TAGS = [f"tag-{number}" for number in range(8)]
 
 
-@pytest.fixture
-def producer(cluster: Cluster) -> Producer:
-    return Producer(cluster.broker_url)
+@dataclass
+class Elsewhere:
+    """A cluster whose broker is not its ledger."""
+
+    cluster: Cluster
+    ledger: Server
+    kind: str
+    rabbit: RabbitServer | None
+
+    @property
+    def url(self) -> str:
+        return self.cluster.broker_url
+
+    def worker_queues(self) -> set[str]:
+        """Names of what the broker has of worker queues, with bindings on Redis."""
+        if self.kind == "redis":
+            names = [key.decode() for key in Redis.from_url(self.url).keys("*jobs.worker*")]
+            return set(names)
+        assert self.rabbit is not None
+        return {name for name in self.rabbit.queues(self.url) if "jobs.worker" in name}
+
+    def length(self, queue: str) -> int:
+        """Messages that wait in a queue of the broker."""
+        with Connection(self.url) as connection:
+            return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
+
+
+@pytest.fixture(params=["redis", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)])
+def elsewhere(
+    request: pytest.FixtureRequest, aof_server: Server, make_cluster: Callable[..., Cluster]
+) -> Elsewhere:
+    rabbit: RabbitServer | None = None
+    if request.param == "rabbitmq":
+        rabbit = request.getfixturevalue("rabbit")
+        url = rabbit.new_virtual_host()
+    else:
+        url = request.getfixturevalue("broker_server").url()
+    cluster = make_cluster(url, AFFINITY_REDIS_URL=aof_server.url())
+    return Elsewhere(cluster, aof_server, request.param, rabbit)
+
+
+def test_many_tags_on_two_nodes_lose_double_overlap_and_reorder_nothing(
+    elsewhere: Elsewhere, history_path: Path
+) -> None:
+    producer = Producer(elsewhere.url)
+    start(elsewhere.cluster, "w1", "w2")
+    elsewhere.cluster.wait_ready()
+    for _ in range(10):
+        producer.send_each(TAGS, 5, ms=2)
+
+    wait_for_ends(history_path, producer.sent)
+    history = History.load(history_path)
+    history.assert_lawful()  # also: each lease in one process of one node
+    assert history.reruns() == 0
+    resent = elsewhere.ledger.client().hget("{affinity:default}:q:jobs:c", "resent")
+    assert resent is None, "no doorbell was rung twice"
+
+
+def test_a_broker_elsewhere_loses_nothing_when_any_process_dies(
+    elsewhere: Elsewhere, history_path: Path
+) -> None:
+    producer = Producer(elsewhere.url)
+    nodes = start(elsewhere.cluster, "w1", "w2", beat=False)
+    wait_for_nodes(producer.affinity, 2)
+    for number in range(3):
+        producer.send_each(TAGS * 2, 5, ms=20)
+        wait_until(starts_are(history_path, (number + 1) * 40), what="starts")
+        leader = leading(producer.affinity, nodes)
+        dies = leader if number % 2 == 0 else next(node for node in nodes if node is not leader)
+        dies.kill9()
+        producer.send_each(TAGS, 1)
+        dies.start()
+    finished(history_path, 60)
+    wait_until(lambda: len(elsewhere.worker_queues()) == _queues_of_two(elsewhere), 30, "their queues")
+
+
+def _queues_of_two(elsewhere: Elsewhere) -> int:
+    # On Redis: two binding tables for each; an empty list is not there.
+    return 4 if elsewhere.kind == "redis" else 2
+
+
+def test_worker_queues_go_with_their_incarnation(elsewhere: Elsewhere) -> None:
+    producer = Producer(elsewhere.url)
+    nodes = start(elsewhere.cluster, "w1", "w2", "w3")
+    wait_for_nodes(producer.affinity, 3)
+    wait_until(lambda: len(elsewhere.worker_queues()) == 3 * _queues_of_two(elsewhere) // 2, what="queues")
+    abroad = "{affinity:default}:q:jobs:abroad"
+    assert elsewhere.ledger.client().hlen(abroad) == 3
+
+    nodes[0].kill9()
+    nodes[1].term()
+    wait_until(lambda: len(elsewhere.worker_queues()) == _queues_of_two(elsewhere) // 2, 30, "deletion")
+    wait_until(lambda: elsewhere.ledger.client().hlen(abroad) == 1, what="the note's end")
+    nodes[2].term()
+    wait_until(lambda: not elsewhere.worker_queues(), 30, "the last one's end")
+    assert not [key for key in elsewhere.ledger.client().keys("*") if b":w:" in key]
+
+
+def test_a_retry_and_a_due_time_stay_in_the_ledger(elsewhere: Elsewhere, history_path: Path) -> None:
+    producer = Producer(elsewhere.url)
+    start(elsewhere.cluster, "w1", beat=False)
+    elsewhere.cluster.wait_ready()
+    producer.send("later", 1, countdown=1)
+    producer.send("a", 3, task="flaky")
+    wait_for_run(history_path, lambda run: run.tag == "later")
+    finished(history_path)
+    assert elsewhere.length("jobs") == 0
+
+
+def test_a_killed_leader_hands_its_messages_to_the_next_although_its_children_live(
+    elsewhere: Elsewhere, history_path: Path
+) -> None:
+    """They have its sockets: RabbitMQ would not know that it has gone."""
+    producer = Producer(elsewhere.url)
+    leader, = start(elsewhere.cluster, "w1", concurrency=1, beat=False)
+    wait_for_nodes(producer.affinity, 1)
+    producer.send("busy", ms=6000)
+    wait_for_run(history_path, lambda run: run.tag == "busy")
+    elsewhere.ledger.pause()  # what is handed out now, it cannot carry
+    producer.send_each(TAGS, 2)
+    wait_until(lambda: elsewhere.kind == "redis" or elsewhere.length("jobs") == 0, what="handed out")
+    leader.kill9()
+    elsewhere.ledger.resume()
+    elsewhere.cluster.worker(APP, "w2", queues="jobs", environ=QUICK, extra=LEAN)
+    wait_for_run(history_path, lambda run: run.tag == TAGS[0], 15)
+    finished(history_path)
+
+
+def test_a_url_that_names_the_same_server_otherwise_is_the_same_redis(
+    server: Server, make_cluster: Callable[..., Cluster], history_path: Path
+) -> None:
+    broker = server.url()
+    other = broker.replace("127.0.0.1", "localhost.").replace("localhost.", "127.1")
+    assert other != broker
+    cluster = make_cluster(broker, AFFINITY_REDIS_URL=other)
+    producer = Producer(broker)
+    assert type(producer.affinity.delivery).__name__ == "SameRedisDelivery"
+    start(cluster, "w1", beat=False)
+    producer.send("a", 3)
+    wait_for_ends(history_path, 3)
+    assert not server.client().keys("*abroad*")
+
+
+def test_another_database_of_the_same_server_is_another_redis(
+    server: Server, make_cluster: Callable[..., Cluster], history_path: Path
+) -> None:
+    cluster = make_cluster(server.url(), AFFINITY_REDIS_URL=server.url(5))
+    producer = Producer(server.url())
+    assert type(producer.affinity.delivery).__name__ == "CarriedDelivery"
+    start(cluster, "w1", beat=False)
+    producer.send("a", 3)
+    wait_for_ends(history_path, 3)
+    History.load(history_path).assert_lawful()
+    assert not [key for key in server.client().keys("*") if b"affinity" in key]
+
+
+def test_what_is_evacuated_is_plain_messages_on_the_broker(
+    elsewhere: Elsewhere, history_path: Path
+) -> None:
+    producer = Producer(elsewhere.url)
+    beat = elsewhere.cluster.beat(APP, environ=QUICK)
+    beat.wait_ready()
+    producer.send_each(["a", "b"], 3)
+    wait_until(lambda: producer.affinity.stats("jobs").entries == 6, what="admission")
+    moved = producer.affinity.evacuate("jobs")
+    assert moved.done and moved.moved == 6
+    wait_until(lambda: elsewhere.length("jobs") == 6, what="six messages on the broker")
+    producer.send("a", 1)
+    producer.affinity.resume("jobs")
+    start(elsewhere.cluster, "w1", beat=False)
+    wait_for_ends(history_path, 7)
+    history = History.load(history_path)
+    history.assert_lawful()
+    assert history.reruns() == 0

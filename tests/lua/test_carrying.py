@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -275,7 +275,7 @@ def test_while_a_queue_is_evacuated_its_messages_stay_on_the_broker(bench: Bench
 
 def test_what_is_evacuated_goes_back_to_the_broker_in_order(bench: Bench) -> None:
     bench.lead()
-    back, inbox = bench.queue_key("back"), bench.scripts.keys.inbox("q")
+    back, inbox = bench.scripts.keys.back("q"), bench.scripts.keys.inbox("q")
     hub = Hub()
     bench.client.lpush(back, message("a-1"), message("a-2"))
     bench.client.lpush(inbox, message("a-3"))
@@ -288,7 +288,7 @@ def test_what_is_evacuated_goes_back_to_the_broker_in_order(bench: Bench) -> Non
             except Idle:
                 return []
 
-    assert give_back(bench.client, back, inbox, Patient(hub)) == 4
+    assert give_back(bench.scripts, "q", Patient(hub)) == 4
     ids = [json.loads(raw)["headers"]["id"] for raw, _ in hub.waiting]
     assert ids == ["a-1", "a-2", "a-3", "a-4"]
     assert not bench.client.exists(back, inbox)
@@ -336,8 +336,8 @@ class Relayed:
 
 
 @pytest.fixture
-def relayed(bench: Bench, hub: Hub) -> Iterator[Relayed]:
-    yield Relayed(bench, hub, "1", "2")
+def relayed(bench: Bench, hub: Hub) -> Relayed:
+    return Relayed(bench, hub, "1", "2")
 
 
 def test_a_relay_that_dies_between_publish_and_removal_doubles_no_run(relayed: Relayed) -> None:

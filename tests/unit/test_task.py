@@ -200,9 +200,33 @@ def test_an_unknown_setting_in_the_conf_is_refused() -> None:
         _ = Affinity(made).settings
 
 
-def test_a_broker_that_is_not_redis_is_refused_with_what_is_needed(app) -> None:
-    with pytest.raises(ConfigurationError, match="'memory'.*needs a Redis"):
+@pytest.mark.parametrize(
+    "broker, says",
+    [
+        ("memory://", "the broker is 'memory', which has no place for the queue of each worker"),
+        ("filesystem://", "the broker is 'filesystem'.*expected RabbitMQ .* or one Redis"),
+        ("sentinel://host:26379", "the broker is 'sentinel'"),
+        ("amqp://host", "the broker is 'amqp'.* needs a Redis .* for its ledger.*set redis_url"),
+    ],
+)
+def test_a_broker_that_cannot_be_used_is_refused_with_what_is_needed(broker: str, says: str) -> None:
+    app = Celery("elsewhere", broker=broker, set_as_current=False)
+    with pytest.raises(ConfigurationError, match=says):
         _ = Affinity(app, queues=[AffinityQueue("q")]).redis_url
+
+
+def test_on_a_transport_without_worker_queues_publishing_and_eager_stay_possible() -> None:
+    app = Celery("unit", broker="memory://", set_as_current=False)
+    affinity = Affinity(app, queues=[AffinityQueue("q")])
+
+    @affinity.task(queue="q", tag_from="tag")
+    def echo(tag: str) -> str:
+        return tag
+
+    assert echo.apply_async(("a",)).id
+    assert echo.apply(("a",)).get() == "a"
+    app.conf.task_always_eager = True
+    assert echo.delay("b").get() == "b"
 
 
 def test_the_public_names_are_all_there_and_listed() -> None:

@@ -41,6 +41,7 @@
 --   q:<queue>:wake     list    doorbell of the leader;  vacant: list, doorbell of candidates
 --   q:<queue>:once     zset    keys of messages that are admitted once, until when each is kept (ms)
 --   q:<queue>:inbox    list    of a queue whose broker is elsewhere: messages carried here (carrying.py);
+--                              back: list, messages of an evacuation for it;
 --                              carried: zset, identity of each -> until when it is known (ms);
 --                              abroad: hash, worker queue on the broker -> its incarnation
 --   q:"beat:<app>":... leader, vacant, c as above: the election of the beat that sends the app's
