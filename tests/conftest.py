@@ -9,10 +9,12 @@ from uuid import uuid4
 
 import pytest
 
+from brokers import ELSEWHERE, SAME, Broker, broker_of
 from celery_affinity.embedded import Server, find_binary, start_server
 from celery_affinity.exceptions import ConfigurationError
 from harness import BROKER_VARIABLE, Cluster
 from history import HISTORY_VARIABLE
+from rabbit import RabbitServer, start_rabbit
 
 pytest_plugins = ["reliability"]
 
@@ -54,6 +56,45 @@ def shared_server(server_binary: Path) -> Iterator[Server]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def rabbit_server() -> Iterator[RabbitServer]:
+    """One RabbitMQ for many tests, which keep apart by virtual hosts; they use `rabbit`."""
+    try:
+        server = start_rabbit()
+    except ConfigurationError as error:
+        if os.environ.get("CI"):
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+    with server:
+        yield server
+
+
+@pytest.fixture
+def rabbit(rabbit_server: RabbitServer) -> RabbitServer:
+    """A RabbitMQ that runs, which the test may kill and restart."""
+    if rabbit_server.pid is None:
+        rabbit_server.start()
+    return rabbit_server
+
+
+@pytest.fixture
+def broker_server(server_binary: Path) -> Iterator[Server]:
+    """A Redis that is the broker only, which loses no write when it is killed."""
+    with start_server(aof=True) as running:
+        yield running
+
+
+@pytest.fixture
+def broker(server: Server, request: pytest.FixtureRequest) -> Broker:
+    """The broker of `cluster`: `server`, unless the law is parametrised with a kind (brokers.py)."""
+    kind = getattr(request, "param", SAME)
+    return broker_of(
+        kind, server,
+        request.getfixturevalue("rabbit") if kind.startswith("rabbitmq") else None,
+        request.getfixturevalue("broker_server") if kind == ELSEWHERE else None,
+    )
+
+
 @pytest.fixture
 def namespace() -> str:
     """A name that no other test uses."""
@@ -91,9 +132,9 @@ def make_cluster(
 
 
 @pytest.fixture
-def cluster(server: Server, make_cluster: Callable[..., Cluster]) -> Cluster:
-    """Starts nodes on `server`; all their processes are gone when the test is over."""
-    return make_cluster(server.url())
+def cluster(broker: Broker, make_cluster: Callable[..., Cluster]) -> Cluster:
+    """Starts nodes on `broker`; all their processes are gone when the test is over."""
+    return make_cluster(broker.url, **broker.environ)
 
 
 @pytest.hookimpl(wrapper=True)

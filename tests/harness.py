@@ -25,6 +25,10 @@ T = TypeVar("T")
 BROKER_VARIABLE = "AFFINITY_TEST_BROKER"
 #: Tells affinity_app to keep results, in database 1 of the same server.
 RESULTS_VARIABLE = "AFFINITY_TEST_RESULTS"
+#: Or there.
+RESULTS_URL_VARIABLE = "AFFINITY_TEST_RESULTS_URL"
+#: Tells affinity_app what kind of queues to make on RabbitMQ: classic or quorum.
+QUEUE_TYPE_VARIABLE = "AFFINITY_TEST_QUEUE_TYPE"
 
 _POLL_SECONDS = 0.01
 _MOST_POLL_SECONDS = 0.1

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 from amqp.exceptions import ChannelError
@@ -27,43 +23,14 @@ from acceptance.support import (
     wait_for_nodes,
     wait_for_run,
 )
-from celery_affinity.embedded import Server, start_server
+from celery_affinity.embedded import Server
 from harness import Cluster, wait_for_ends, wait_until
 from history import History
+from rabbit import RabbitServer
 
 pytestmark = pytest.mark.acceptance
 
 TAGS = [f"tag-{number}" for number in range(8)]
-
-
-@pytest.fixture(scope="session")
-def vhost() -> Iterator[str]:
-    """URL of a virtual host of the tests' own in this machine's RabbitMQ."""
-    if not shutil.which("rabbitmqctl") or os.geteuid() != 0 or _ctl("ping").returncode:
-        says = "no RabbitMQ runs here that root may administer with rabbitmqctl"
-        if os.environ.get("CI"):
-            pytest.fail(says)
-        pytest.skip(says)
-    name = f"affinity-{uuid4().hex[:8]}"
-    _ctl("add_vhost", name).check_returncode()
-    try:
-        _ctl("set_permissions", "-p", name, "guest", ".*", ".*", ".*").check_returncode()
-        yield f"amqp://guest:guest@127.0.0.1:5672/{name}"
-    finally:
-        _ctl("delete_vhost", name)
-
-
-def _ctl(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["rabbitmqctl", "-q", *arguments], capture_output=True, text=True, timeout=60, check=False
-    )
-
-
-@pytest.fixture
-def broker_server(server_binary: Path) -> Iterator[Server]:
-    """A Redis that is the broker only."""
-    with start_server(aof=True) as running:
-        yield running
 
 
 @dataclass
@@ -73,6 +40,7 @@ class Elsewhere:
     cluster: Cluster
     ledger: Server
     kind: str
+    rabbit: RabbitServer | None
 
     @property
     def url(self) -> str:
@@ -100,20 +68,18 @@ class Elsewhere:
             return None
 
 
-@pytest.fixture(params=["redis", "rabbitmq"])
+@pytest.fixture(params=["redis", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)])
 def elsewhere(
     request: pytest.FixtureRequest, aof_server: Server, make_cluster: Callable[..., Cluster]
 ) -> Elsewhere:
-    url = (
-        request.getfixturevalue("broker_server").url()
-        if request.param == "redis"
-        else request.getfixturevalue("vhost")
-    )
-    cluster = make_cluster(url, AFFINITY_REDIS_URL=aof_server.url())
+    rabbit: RabbitServer | None = None
     if request.param == "rabbitmq":
-        with Connection(url) as connection:
-            connection.default_channel.queue_delete("jobs")
-    return Elsewhere(cluster, aof_server, request.param)
+        rabbit = request.getfixturevalue("rabbit")
+        url = rabbit.new_virtual_host()
+    else:
+        url = request.getfixturevalue("broker_server").url()
+    cluster = make_cluster(url, AFFINITY_REDIS_URL=aof_server.url())
+    return Elsewhere(cluster, aof_server, request.param, rabbit)
 
 
 def test_many_tags_on_two_nodes_lose_double_overlap_and_reorder_nothing(

@@ -15,6 +15,7 @@ import pytest
 from redis import Redis
 
 from acceptance.support import APP, LEAN, QUICK, Producer, leading, per_second, start
+from celery_affinity.embedded import Server
 from harness import Cluster, allowed, wait_for_ends
 from history import History, Run
 from pools import long
@@ -117,9 +118,9 @@ def main_process_share(history: History) -> float:
 class Starts:
     """The entries in the order in which their gates opened: what Redis itself saw."""
 
-    def __init__(self, broker_url: str) -> None:
+    def __init__(self, url: str) -> None:
         self.entries: list[int] = []
-        self._client = Redis.from_url(broker_url, socket_timeout=None)
+        self._client = Redis.from_url(url, socket_timeout=None)
         self._monitor = self._client.monitor()
         self._monitor.__enter__()
         threading.Thread(target=self._read, daemon=True).start()
@@ -140,10 +141,10 @@ class Starts:
 
 
 def test_a_tag_with_concurrency_three_never_exceeds_it_and_starts_in_order(
-    cluster: Cluster, history_path: Path, producer: Producer
+    cluster: Cluster, server: Server, history_path: Path, producer: Producer
 ) -> None:
     environ = {**QUICK, "AFFINITY_TEST_QUEUE": json.dumps({"tag_concurrency": 3})}
-    opened = Starts(cluster.broker_url)
+    opened = Starts(server.url())
     for name in ("w1", "w2"):
         cluster.worker(APP, name, queues="jobs", concurrency=2, extra=LEAN, environ=environ)
     cluster.wait_ready()

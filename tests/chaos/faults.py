@@ -57,7 +57,7 @@ class Faults:
         self.log: list[Fault] = []
         #: What a verb found that breaks a promise by itself: a stop that hangs.
         self.violations: list[str] = []
-        self.redis_is_down = False
+        self.redis_is_down = self.broker_is_down = False
         self._log_path = log_path
         self._under: set[str] = set()
         self._numbers = count()
@@ -193,6 +193,36 @@ class Faults:
     def script_flush(self) -> None:
         """The server forgets all scripts."""
         self._tell_redis("script_flush", lambda client: client.script_flush())
+
+    # RabbitMQ, where it is the broker
+
+    def kill_broker(self) -> None:
+        """SIGKILL it; it is started again within 3 s, and lets nobody in for some seconds more."""
+        rabbit = self.system.rabbit
+        if rabbit is None or self.broker_is_down:
+            return
+        self.broker_is_down = True
+        fault = self._note("kill_broker", "broker")
+        rabbit.kill()
+
+        def start() -> None:
+            rabbit.spawn()
+            self._later(0.2, look)
+
+        def look() -> None:
+            if not rabbit.lets_in():
+                self._later(0.2, look)
+                return
+            fault.end = now()
+            self.broker_is_down = False
+
+        self._later(self.random.uniform(0.1, 3), start)
+
+    def close_broker_connections(self) -> None:
+        """All its connections are closed, those of workers, of the leader and of producers."""
+        if self.system.rabbit is not None and not self.broker_is_down:
+            self._note("close_broker_connections", "broker", 0.0)
+            self.system.rabbit.close_connections()
 
     # Time
 

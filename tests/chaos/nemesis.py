@@ -20,8 +20,13 @@ class Kind:
     due: float = field(default=0.0)
 
 
-def kinds() -> list[Kind]:
-    """A worker every few seconds, the leader every 20, Redis every 60, and what else there is."""
+def kinds(rabbitmq: bool = False) -> list[Kind]:
+    """A worker every few seconds, the leader every 20, Redis every 60, and what else there is.
+
+    Arguments:
+        rabbitmq: It is the broker, and killed every 60 s too.
+    """
+    of_the_broker = [Kind(60.0, {"kill_broker": 1}), Kind(45.0, {"close_broker_connections": 1})]
     return [
         Kind(3.5, {
             "kill_worker": 5, "kill_tree": 1, "kill_child": 4, "stop_warm": 2, "stop_cold": 2,
@@ -33,16 +38,17 @@ def kinds() -> list[Kind]:
         Kind(45.0, {"client_kill": 2, "script_flush": 2, "busy_redis": 1, "pause_redis": 1}),
         Kind(120.0, {"rolling_restart": 1}),
         Kind(180.0, {"kill_all": 1}),
+        *(of_the_broker if rabbitmq else ()),
     ]
 
 
-def verbs() -> list[str]:
+def verbs(rabbitmq: bool = False) -> list[str]:
     """All verbs."""
-    return list(dict.fromkeys(verb for kind in kinds() for verb in kind.weights))
+    return list(dict.fromkeys(verb for kind in kinds(rabbitmq) for verb in kind.weights))
 
 
 def brisk() -> list[Kind]:
-    """For a mix of some seconds: each kind of fault at least once."""
+    """For a mix of some seconds: each kind of fault at least once. (A RabbitMQ takes longer to start.)"""
     return [
         Kind(1.5, kinds()[0].weights), Kind(5.0, kinds()[1].weights), Kind(8.0, {"kill_redis": 1}),
         Kind(4.0, {"client_kill": 1, "script_flush": 1}),

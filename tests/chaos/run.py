@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from brokers import QUORUM, RABBIT, SAME, broker_of
 from celery_affinity.embedded import start_server
 from chaos.faults import Faults
 from chaos.judge import buried_tasks, judge_history, judge_ledger, slots_of
@@ -30,6 +31,7 @@ from chaos.tail import Tail
 from chaos.workload import Workload
 from harness import BROKER_VARIABLE, wait_until
 from history import HISTORY_VARIABLE, History
+from rabbit import RabbitServer, start_rabbit
 
 #: Once all faults are undone, what was sent has to be done within so many seconds.
 DRAIN_SECONDS = 120.0
@@ -38,13 +40,17 @@ DRAIN_SECONDS = 120.0
 class Chaos:
     """One run: a system, its workload, its nemesis, its judge."""
 
-    def __init__(self, directory: Path, seed: str, picks: list[Kind]) -> None:
+    def __init__(
+        self, directory: Path, seed: str, picks: list[Kind], kind: str = SAME
+    ) -> None:
         self.directory, self.seed = directory, seed
         self.history_path = directory / "history.jsonl"
         os.environ[HISTORY_VARIABLE] = str(self.history_path)
         self.server = start_server(aof=True)
-        os.environ[BROKER_VARIABLE] = self.server.url()
-        self.system = System(self.server, directory, self.history_path)
+        self.rabbit = start_rabbit() if kind in RABBIT else None
+        broker = broker_of(kind, self.server, self.rabbit)
+        os.environ.update({BROKER_VARIABLE: broker.url, **broker.environ})
+        self.system = System(self.server, directory, self.history_path, broker, self.rabbit)
         self.tail = Tail(self.history_path)
         self.workload = Workload(self.system.producer, self.tail, seed)
         self.faults = Faults(self.system, random.Random(f"{seed}/faults"), directory / "faults.jsonl")
@@ -55,6 +61,8 @@ class Chaos:
     def close(self) -> None:
         """End all processes; the directory stays."""
         self.system.close()
+        if self.rabbit is not None:
+            self.rabbit.close()
         self.server.close()
 
     def load(
@@ -74,7 +82,7 @@ class Chaos:
             self.faults.run_due()
             if chaos:
                 self.nemesis.step()
-            if not self.faults.redis_is_down:
+            if not (self.faults.redis_is_down or self.faults.broker_is_down):
                 self.workload.step()
             time.sleep(0.02)
         self.tail.read()
@@ -94,6 +102,8 @@ class Chaos:
             with suppress(AssertionError):  # a last settle, a reply queue of Celery's own inspect
                 wait_until(lambda: not judge_ledger(affinity, client), 10)
             found += judge_ledger(affinity, client)
+            if self.rabbit is not None:
+                found += self._judge_broker(self.rabbit)
         except AssertionError as error:
             found.append(f"liveness: {error}")
             found += slots_of(self.system.producer.affinity, self.system.client)
@@ -102,6 +112,21 @@ class Chaos:
         broken, seen = judge_history(history, self.faults.log, self._dead())
         self.totals.update(seen)
         return [*self.faults.violations, *found, *broken]
+
+    def _judge_broker(self, rabbit: RabbitServer) -> list[str]:
+        """What RabbitMQ keeps of workers that are gone, once the leader has looked for it again."""
+        affinity, url = self.system.producer.affinity, self.system.broker.url
+
+        def strangers() -> list[str]:
+            living = {worker.worker_id[:12] for worker in affinity.workers()}
+            return [
+                name for name in rabbit.queues(url)
+                if name.startswith("jobs.worker.") and name.rpartition(".")[2] not in living
+            ]
+
+        with suppress(AssertionError):
+            wait_until(lambda: not strangers(), 15)
+        return [f"leak: queue {name!r} of a worker that is gone" for name in strangers()]
 
     def _open_tasks(self) -> list[Any]:
         left = self.tail.left(self.tail.sent)
@@ -216,14 +241,19 @@ def main() -> int:
     parser.add_argument("--calm-seconds", type=float, default=60)
     parser.add_argument("--json", type=Path, help="where the counts go; default: in the temporary directory")
     parser.add_argument("--each", type=int, help="no mix: each verb alone, so many times")
+    parser.add_argument(
+        "--broker", choices=("redis", "rabbitmq"), default="redis",
+        help="rabbitmq: quorum queues, the ledger in Redis",
+    )
     parser.add_argument("--verbs", help="which, comma-separated; default: all")
     given = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
-    chaos = Chaos(directory, given.seed, kinds())
+    rabbitmq = given.broker == "rabbitmq"
+    chaos = Chaos(directory, given.seed, kinds(rabbitmq), QUORUM if rabbitmq else SAME)
     status = 1
     try:
         if given.each:
-            names = given.verbs.split(",") if given.verbs else verbs()
+            names = given.verbs.split(",") if given.verbs else verbs(rabbitmq)
             chaos.workload = Workload(chaos.system.producer, chaos.tail, given.seed, backlog=60)
             status = run_each(chaos, names, given.each)
         else:

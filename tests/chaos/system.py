@@ -1,4 +1,7 @@
-"""The system under chaos: a server, workers behind a proxy each, beats, and who of them leads."""
+"""The system under chaos: a server, workers behind a proxy each, beats, and who of them leads.
+
+The broker is that server, or a RabbitMQ beside it; the proxies stand before the ledger in both cases.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from acceptance.support import LEAN, WORKER_ONLY, Producer
+from brokers import LEDGER_VARIABLE, Broker
 from celery_affinity.embedded import Server
 from chaos.proxy import Proxy
 from harness import BROKER_VARIABLE, Cluster, Node, wait_until
+from rabbit import RabbitServer
 
 APP = "chaos.apps.affinity"
 HEARTBEAT_INTERVAL_SECONDS, HEARTBEAT_TIMEOUT_SECONDS, LEADER_TTL_SECONDS = 0.75, 3.0, 2.0
@@ -31,19 +36,25 @@ BUSY_AFTER_MS = 200
 class System:
     """Three workers of two slots, the first of which may lead as well, and two beats."""
 
-    def __init__(self, server: Server, directory: Path, history_path: Path) -> None:
+    def __init__(
+        self, server: Server, directory: Path, history_path: Path, broker: Broker,
+        rabbit: RabbitServer | None = None,
+    ) -> None:
         self.server = server
-        self.cluster = Cluster(server.url(), directory, history_path)
+        self.broker = broker
+        self.rabbit = rabbit
+        self.cluster = Cluster(broker.url, directory, history_path)
+        ledger = BROKER_VARIABLE if rabbit is None else LEDGER_VARIABLE
         self.proxies = [Proxy(server.port) for _ in range(WORKERS)]
         self.workers = [
             self.cluster.worker(
                 APP, f"w{number}", queues="jobs", concurrency=CONCURRENCY, extra=LEAN,
-                environ={**TIMES, BROKER_VARIABLE: proxy.url(), **(WORKER_ONLY if number > 1 else {})},
+                environ={**TIMES, ledger: proxy.url(), **(WORKER_ONLY if number > 1 else {})},
             )
             for number, proxy in enumerate(self.proxies, 1)
         ]
         self.beats = [self.cluster.beat(APP, f"beat-{n}", environ=TIMES) for n in (1, 2)]
-        self.producer = Producer(server.url())
+        self.producer = Producer(broker.url)
         self.producer.app.conf.task_publish_retry_policy = {"max_retries": 30, "interval_max": 0.5}
         self.client: Any = server.client()
         self.client.config_set("busy-reply-threshold", BUSY_AFTER_MS)

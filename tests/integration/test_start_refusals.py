@@ -140,6 +140,23 @@ def test_a_beat_with_settings_that_cannot_work_does_not_start(
     assert "leader_ttl" in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("command", [WORKER, ("beat", "-S", "affinity")], ids=["worker", "beat"])
+@pytest.mark.parametrize(
+    "broker, says",
+    [
+        ("memory://", "the broker is 'memory', which has no place for the queue of each worker"),
+        ("filesystem://", "the broker is 'filesystem'"),
+        ("amqp://127.0.0.1:1//", "the broker is 'amqp'; celery_affinity needs a Redis or Valkey"),
+    ],
+)
+def test_a_transport_without_a_place_for_worker_queues_is_refused_at_start(
+    tmp_path: Path, command: tuple[str, ...], broker: str, says: str
+) -> None:
+    done = start(tmp_path, broker, "affinity = Affinity(app, queues=[AffinityQueue('jobs')])", *command)
+    assert done.returncode != 0
+    assert says in done.stdout + done.stderr
+
+
 def test_a_beat_without_affinity_says_what_to_add(shared_server: Server, tmp_path: Path) -> None:
     done = start(tmp_path, shared_server.url(), "", "beat", "-S", "affinity", real=True)
     assert done.returncode != 0

@@ -2,7 +2,8 @@
 
 Environment: AFFINITY_TEST_BROKER; BATCH is max_batch_size; AFFINITY_TEST_QUEUE is a JSON object of
 more settings of the queue; AFFINITY_TEST_RESULTS=1 keeps results in database 1 of the broker's
-server, a URL there; AFFINITY_TEST_MASTER is what sentinels call it; the library itself reads AFFINITY_HEARTBEAT_INTERVAL, AFFINITY_LEADER_TTL and so on.
+server, a URL there; AFFINITY_TEST_MASTER is what sentinels call it; AFFINITY_TEST_QUEUE_TYPE is that of
+queues on RabbitMQ; the library itself reads AFFINITY_HEARTBEAT_INTERVAL, AFFINITY_LEADER_TTL and so on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from celery import Celery, Task
 from celery.exceptions import Retry
 
 from celery_affinity import Affinity, AffinityQueue, affinity_task, current
-from harness import wait_until
+from harness import QUEUE_TYPE_VARIABLE, RESULTS_URL_VARIABLE, wait_until
 from history import HISTORY_VARIABLE, record
 
 
@@ -29,16 +30,21 @@ def make_app(broker_url: str | None = None, **settings: Any) -> tuple[Celery, Af
     broker_url = broker_url or os.environ.get("AFFINITY_TEST_BROKER", "redis://127.0.0.1:1/0")
     results = os.environ.get("AFFINITY_TEST_RESULTS", "")
     keep_results = bool(results)
-    app = Celery(
-        "affinity_app", broker=broker_url,
-        backend=broker_url.rpartition("/")[0] + "/1" if results == "1" else results or None,
-    )
+    if results == "1":
+        results = os.environ.get(RESULTS_URL_VARIABLE) or broker_url.rpartition("/")[0] + "/1"
+    app = Celery("affinity_app", broker=broker_url, backend=results or None)
     app.conf.update(
         task_ignore_result=not keep_results, broker_connection_retry_on_startup=True,
         task_default_queue="ordinary",
     )
     if master := os.environ.get("AFFINITY_TEST_MASTER"):
         app.conf.broker_transport_options = {"master_name": master}
+    if queue_type := os.environ.get(QUEUE_TYPE_VARIABLE):
+        app.conf.update(
+            task_default_queue_type=queue_type, task_create_missing_queue_type=queue_type,
+            # Or RabbitMQ may lose a message after its publish has returned.
+            broker_transport_options={"confirm_publish": True},
+        )
     app.task(plain_work, name="jobs.plain_work", bind=True)  # goes to the default queue
     queue = {
         "max_batch_size": int(os.environ.get("BATCH", "10")),

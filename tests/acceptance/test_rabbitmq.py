@@ -1,0 +1,299 @@
+"""RabbitMQ as the broker, with the faults that only it has; classic and quorum queues.
+
+The producers here confirm their publishes: a message whose publish returned is on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+
+import pytest
+from celery import Celery
+from kombu import Connection, Queue
+
+from acceptance.support import (
+    APP,
+    HEARTBEAT_TIMEOUT_SECONDS,
+    LEAN,
+    QUICK,
+    WORKER_ONLY,
+    Producer,
+    finished,
+    leading,
+    runs,
+    start,
+    starts_are,
+    wait_for_nodes,
+)
+from brokers import QUORUM, RABBIT
+from celery_affinity.embedded import Server
+from harness import Cluster, wait_for_ends, wait_until
+from history import History, record
+from rabbit import RabbitServer
+
+pytestmark = [
+    pytest.mark.acceptance, pytest.mark.rabbitmq,
+    # A restart of the server takes its time.
+    pytest.mark.timeout(300),
+]
+on_both = pytest.mark.parametrize("broker", RABBIT, indirect=True)
+on_quorum = pytest.mark.parametrize("broker", [QUORUM], indirect=True)
+
+TAGS = [f"tag-{number}" for number in range(8)]
+ENDS_SECONDS = 60.0
+
+
+@pytest.fixture
+def server(aof_server: Server) -> Server:
+    """The ledger's loses no write when it is killed."""
+    return aof_server
+
+
+@pytest.fixture
+def producer(cluster: Cluster) -> Producer:
+    return Producer(cluster.broker_url)
+
+
+def worker_queues(rabbit: RabbitServer, url: str) -> list[str]:
+    return sorted(name for name in rabbit.queues(url) if name.startswith("jobs.worker."))
+
+
+def delete(url: str, *names: str) -> None:
+    with Connection(url) as connection:
+        for name in names:
+            Queue(name).bind(connection.default_channel).delete()
+
+
+def exactly_once(history_path: Path, count: int) -> History:
+    """Wait until all tasks have ended, and judge: none lost, doubled, overlapping, out of order."""
+    wait_for_ends(history_path, count, ENDS_SECONDS)
+    history = History.load(history_path)
+    history.assert_lawful()
+    assert history.reruns() == 0
+    return history
+
+
+@pytest.mark.proves("34: RabbitMQ is killed and comes back", "nothing is lost or run twice")
+@on_both
+def test_a_broker_that_is_killed_and_comes_back_loses_nothing_in_order(
+    cluster: Cluster, rabbit: RabbitServer, history_path: Path, producer: Producer
+) -> None:
+    workers = start(cluster, "w1", "w2")
+    wait_for_nodes(producer.affinity, 2)
+    for kill in range(2):
+        before = producer.sent
+        producer.send_each(TAGS * 2, 10, ms=10)
+        wait_until(starts_are(history_path, before + 30), ENDS_SECONDS, "30 starts")
+        rabbit.kill()
+        if kill:
+            time.sleep(HEARTBEAT_TIMEOUT_SECONDS + 1)  # the length of the outage
+        rabbit.start()
+
+    producer.send_each(TAGS, 2)
+    exactly_once(history_path, producer.sent)
+    assert all(node.alive for node in workers)
+
+
+@pytest.mark.proves(
+    "4, 6, 34: a worker, the leader and RabbitMQ are killed at once",
+    "nothing is lost; at most one task of each slot runs twice",
+)
+@on_both
+def test_a_worker_the_leader_and_the_broker_that_are_killed_at_once_lose_nothing(
+    cluster: Cluster, rabbit: RabbitServer, history_path: Path, producer: Producer
+) -> None:
+    victim, _ = start(cluster, "w1", "w2")
+    beats = [cluster.nodes[-1], cluster.beat(APP, "beat-2", environ=QUICK)]
+    wait_for_nodes(producer.affinity, 2)
+    leader = leading(producer.affinity, beats)
+    producer.send_each(TAGS * 2, 10, ms=20)
+    wait_until(starts_are(history_path, 30), ENDS_SECONDS, "30 starts")
+
+    for node in (victim, leader):
+        node.kill9()
+    rabbit.kill()
+    rabbit.start()
+
+    history = finished(history_path, ENDS_SECONDS)
+    assert history.reruns() <= 2, "a task more than once, for each slot of the victim"
+
+
+@pytest.mark.proves("34: RabbitMQ is down when a worker and a beat start", "they wait and work then")
+@on_both
+def test_a_broker_that_is_down_at_start_is_waited_for(
+    cluster: Cluster, rabbit: RabbitServer, history_path: Path, producer: Producer
+) -> None:
+    producer.send_each(TAGS, 5)
+    rabbit.kill()
+    worker = cluster.worker(
+        APP, queues="jobs", concurrency=2, environ={**QUICK, **WORKER_ONLY}, extra=LEAN
+    )
+    beat = cluster.beat(APP, environ=QUICK)
+    worker.wait_for_log("Cannot connect to amqp", 40)
+    beat.wait_for_log("does not answer (", 40)
+
+    rabbit.start()
+    exactly_once(history_path, producer.sent)
+    assert "Traceback" not in beat.log_text()
+
+
+@pytest.mark.proves(
+    "35: RabbitMQ closes all connections", "nothing is lost or run twice"
+)
+@on_both
+def test_closed_connections_lose_nothing(
+    cluster: Cluster, rabbit: RabbitServer, history_path: Path, producer: Producer
+) -> None:
+    workers = start(cluster, "w1", "w2")
+    wait_for_nodes(producer.affinity, 2)
+    producer.send_each(TAGS * 3, 10, ms=12)
+    for cut in range(1, 4):
+        wait_until(starts_are(history_path, cut * 50), ENDS_SECONDS, f"{cut * 50} starts")
+        rabbit.close_connections()
+
+    exactly_once(history_path, producer.sent)
+    assert all("Connected to amqp" in node.log_text() for node in workers)
+
+
+@pytest.mark.proves(
+    "35: RabbitMQ's memory alarm blocks publishers",
+    "what is dispatched waits, no worker is given up, nothing is lost or run twice",
+)
+@on_both
+def test_a_memory_alarm_is_waited_for(
+    cluster: Cluster, rabbit: RabbitServer, server: Server, history_path: Path, producer: Producer
+) -> None:
+    start(cluster, "w1", "w2")
+    wait_for_nodes(producer.affinity, 2)
+    producer.send_each(TAGS * 2, 10, ms=10)
+    wait_until(starts_are(history_path, 30), ENDS_SECONDS, "30 starts")
+    incarnations = {worker.worker_id for worker in producer.affinity.workers()}
+
+    with rabbit.memory_alarm():
+        counted, since = 0, time.monotonic()
+        while time.monotonic() - since < HEARTBEAT_TIMEOUT_SECONDS + 1:
+            if (now := len(runs(history_path))) != counted:
+                counted, since = now, time.monotonic()
+            time.sleep(0.1)
+        assert counted < producer.sent, "the alarm holds up what is dispatched"
+
+    exactly_once(history_path, producer.sent)
+    assert {worker.worker_id for worker in producer.affinity.workers()} == incarnations
+
+
+@pytest.mark.proves(
+    "36: a pending or a worker queue is deleted on RabbitMQ",
+    "it is declared again; what the ledger had is not lost or run twice",
+)
+@pytest.mark.parametrize("which", ["pending", "worker"])
+@on_both
+def test_a_deleted_queue_is_declared_again(
+    cluster: Cluster, rabbit: RabbitServer, history_path: Path, producer: Producer, which: str
+) -> None:
+    start(cluster, "w1")
+    wait_for_nodes(producer.affinity, 1)
+    producer.send_each(TAGS, 10, ms=10)
+    wait_until(lambda: producer.affinity.stats("jobs").pending == 0, what="their admission")
+    wait_until(starts_are(history_path, 10), ENDS_SECONDS, "10 starts")
+    names = ["jobs"] if which == "pending" else worker_queues(rabbit, cluster.broker_url)
+    assert len(names) == 1
+
+    delete(cluster.broker_url, *names)
+    wait_until(lambda: set(names) <= set(rabbit.queues(cluster.broker_url)), what="the declaration")
+
+    producer.send_each(TAGS, 2)
+    exactly_once(history_path, producer.sent)
+
+
+@pytest.mark.proves(
+    "37: RabbitMQ closes the channel of a leader that does not ack (consumer_timeout)",
+    "it connects again; nothing is lost or run twice",
+)
+@on_both
+def test_a_consumer_timeout_is_a_reconnect(
+    cluster: Cluster, rabbit: RabbitServer, history_path: Path, producer: Producer
+) -> None:
+    # The default times: it is frozen for a while, and is not to lose its leases or its term.
+    with rabbit.consumer_timeout(1):
+        worker = cluster.worker(
+            APP, queues="jobs", extra=LEAN,
+            environ={"AFFINITY_HEARTBEAT_TIMEOUT": "60", "AFFINITY_LEADER_TTL": "60"},
+        )
+        wait_for_nodes(producer.affinity, 1)
+        producer.send_each(TAGS)
+        wait_for_ends(history_path, producer.sent, ENDS_SECONDS)
+        timed_out = "has timed out waiting on delivery acknowledgement"
+        before = rabbit.log_text().count(timed_out)
+
+        worker.stop_process()
+        producer.send_each(TAGS, 5)  # which are on their way to it, and so not acknowledged
+        wait_until(
+            lambda: rabbit.log_text().count(timed_out) > before, ENDS_SECONDS, "the timeout"
+        )
+        worker.cont()
+
+        exactly_once(history_path, producer.sent)
+        producer.send_each(TAGS)
+        exactly_once(history_path, producer.sent)
+
+
+@pytest.mark.parametrize("how", ["term", "kill9"])
+@on_both
+def test_worker_queues_go_with_their_incarnation(
+    cluster: Cluster, rabbit: RabbitServer, history_path: Path, producer: Producer, how: str
+) -> None:
+    goes, _ = start(cluster, "w1", "w2")
+    wait_for_nodes(producer.affinity, 2)
+    producer.send_each(TAGS, 5)
+    exactly_once(history_path, producer.sent)
+    both = wait_until(
+        lambda: (found := worker_queues(rabbit, cluster.broker_url))[1:] and found, what="two queues"
+    )
+
+    getattr(goes, how)()
+    goes.wait()
+
+    wait_until(
+        lambda: worker_queues(rabbit, cluster.broker_url) == [name for name in both if ".w2" in name],
+        what="the end of its queue",
+    )
+    queues = rabbit.queues(cluster.broker_url)
+    assert not [name for name in queues if "w1" in name], queues
+
+
+@on_quorum
+def test_ten_thousand_plain_messages_are_taken_while_a_leader_is_killed(
+    cluster: Cluster, rabbit: RabbitServer, history_path: Path, producer: Producer
+) -> None:
+    """Sent by a Celery that does not know of the library."""
+    app = Celery(broker=cluster.broker_url, set_as_current=False)
+    app.conf.task_create_missing_queue_type = "quorum"
+    count, tags = 10_000, 100
+    with app.producer_pool.acquire(block=True) as plain:
+        for number in range(count):
+            seq, tag = divmod(number, tags)
+            record("submit", tag=f"tag-{tag}", seq=seq)
+            app.send_task(
+                "jobs.work", (f"tag-{tag}", seq), queue="jobs", producer=plain,
+                headers={"identify_tag": f"tag-{tag}"},
+            )
+    start(cluster, "w1", "w2")
+    beats = [cluster.nodes[-1], cluster.beat(APP, "beat-2", environ=QUICK)]
+    leader = leading(producer.affinity, beats)
+    wait_until(lambda: admitted(producer) > count / 5, ENDS_SECONDS, "the first fifth")
+
+    leader.kill9()
+
+    wait_for_ends(history_path, count, 200)
+    history = History.load(history_path)
+    history.assert_lawful()
+    assert history.reruns() == 0
+    with contextlib.closing(Connection(cluster.broker_url)) as connection:
+        assert Queue("jobs").bind(connection.default_channel).queue_declare(passive=True)[1] == 0
+
+
+def admitted(producer: Producer) -> int:
+    stats = producer.affinity.stats("jobs")
+    return stats.entries + stats.settled
