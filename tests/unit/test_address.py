@@ -126,9 +126,6 @@ def test_settings_never_show_a_password() -> None:
     affinity = Affinity(app, queues=[AffinityQueue("q")], redis_url="redis://:Secret@there/1")
     assert "Secret" not in repr(settings) + affinity.banner() and "redis_url" in origins
     assert "redis://:**@there/1" in affinity.banner()
-    with pytest.raises(ConfigurationError) as error:
-        _ = affinity.redis_url
-    assert "Secret" not in str(error.value) and "redis://:**@there/1" in str(error.value)
     with pytest.raises(ConfigurationError, match="not shown") as error:
         resolve({"redis_url": ["redis://:Secret@there"]}, {}, {})
     assert "Secret" not in str(error.value)
