@@ -89,7 +89,7 @@ def test_a_killed_workers_tags_run_elsewhere_within_the_heartbeat_timeout(
     "6: the scheduling leader is killed or stopped",
     "another one dispatches within leader_ttl + 1 s; after a stop within 1 s",
 )
-@pytest.mark.parametrize("how, ceiling", [("kill9", LEADER_TTL_SECONDS), ("term", 0.0)])
+@pytest.mark.parametrize("how, ceiling", [("kill9", LEADER_TTL_SECONDS), ("term", 0.0)], ids=["kill9-3.0", "term-1.0"])
 def test_a_leader_that_goes_is_replaced(
     cluster: Cluster, history_path: Path, producer: Producer, how: str, ceiling: float
 ) -> None:
