@@ -14,7 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 from celery_affinity import internals, slot_pool
-from celery_affinity.connection import check_server, connect
+from celery_affinity.connection import check_failover, check_server, connect
 from celery_affinity.delivery import Delivery
 from celery_affinity.gate import Gate
 from celery_affinity.keys import Keys
@@ -269,6 +269,7 @@ class Node:
         if not self._started:
             scripts = self._scripts()
             check_server(scripts.client, logger)
+            check_failover(scripts.client, self._settings.heartbeat_timeout)
             self._namesake.before_registration(scripts)
         self.reporter.register()
 

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from acceptance.support import APP, LEAN, QUICK, WORKER_ONLY, Producer, finished, wait_for_nodes, wait_for_run
+from acceptance.support import (
+    APP,
+    LEAN,
+    QUICK,
+    WORKER_ONLY,
+    Producer,
+    finished,
+    wait_for_nodes,
+    wait_for_run,
+)
 from harness import BROKER_VARIABLE, Cluster, wait_until
 from history import History
 from sentinels import Sentinels
@@ -74,3 +83,20 @@ def test_a_change_of_master_starts_a_new_term_and_gives_nobody_up(
         assert "is lost (no heartbeat)" not in node.log_text()
         assert "registers anew" not in node.log_text()
     History.load(history_path).assert_lawful()
+
+
+def test_a_heartbeat_timeout_shorter_than_the_failover_is_refused(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    sentinels = Sentinels(tmp_path / "sentinels", down_after_ms=30_000)
+    try:
+        cluster.environ |= {BROKER_VARIABLE: sentinels.url, "AFFINITY_TEST_MASTER": "mymaster"}
+        worker = cluster.worker(APP, queues="jobs", environ=WORKER_ONLY, extra=LEAN)
+        beat = cluster.beat(APP)
+        assert worker.wait(30) != 0
+        says = "Set heartbeat_timeout to 33 s or more, or lower down-after-milliseconds"
+        assert says in worker.log_text()
+        beat.wait_for_log(says)
+        assert "Scheduling affinity queue" not in beat.log_text()
+    finally:
+        sentinels.close()
