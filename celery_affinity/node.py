@@ -16,7 +16,7 @@ from uuid import uuid4
 from redis.exceptions import RedisError
 
 from celery_affinity import internals, slot_pool
-from celery_affinity.connection import check_server, connect
+from celery_affinity.connection import check_failover, check_server, connect
 from celery_affinity.delivery import Delivery
 from celery_affinity.gate import Gate
 from celery_affinity.keys import Keys
@@ -322,6 +322,7 @@ class Node:
         try:
             if not self._started:
                 check_server(scripts.client, logger)
+                check_failover(scripts.client, self._settings.heartbeat_timeout)
                 self._namesake.before_registration(scripts)
             self.reporter.register()
             if self._relay is not None:

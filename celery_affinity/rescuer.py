@@ -4,7 +4,9 @@ A worker is lost when its heartbeat is overdue by Redis' clock. That clock can j
 still while Redis is down; in both cases heartbeats look overdue that are not. So before each
 rescue the clock's advance is compared with the own monotonic clock and the server's run id with
 the last one; after a jump or a restart all heartbeats count as new. A jump also ends the leader's
-term, so candidates look at the clock too: whoever follows must know of it.
+term, so candidates look at the clock too: whoever follows must know of it. A change of master is
+seen as a restart is, by its run id. What the new master did not get in time it does not have, so
+the term that began on the old one ends there (scheduler.py).
 
 While Redis is paused, slow, out of connections, or refuses all writes (a full disk), heartbeats do
 not get through either. So what the leader or candidate finds of that is not held against them:
@@ -49,6 +51,13 @@ class Rescuer:
         self._last: tuple[str, float, float] | None = None
         self._moved = False
         self._credit = 0.0
+        #: Whether another server answers than before; whoever acts on that sets it back.
+        self.replaced = False
+
+    @property
+    def timeout(self) -> float:
+        """Seconds without a heartbeat after which a worker is lost."""
+        return self._settle_seconds
 
     @property
     def pause(self) -> float:
@@ -112,11 +121,14 @@ class Rescuer:
         if gap > 2 * self.pause:
             self._credit += gap - self.pause
         drift = abs((server - last[1]) - gap)
+        self.replaced = self.replaced or run_id != last[0]
         if run_id == last[0] and drift < TOLERANCE_SECONDS:
             return False
         logger.warning(
             "Redis %s: all heartbeats count as new, nobody is rescued before they are due again.",
-            "was restarted" if run_id != last[0] else f"changed its clock by {drift:.1f} s",
+            "was restarted, or another one is the master now"
+            if run_id != last[0]
+            else f"changed its clock by {drift:.1f} s",
             extra={"action": "rebase", "queue": self._state},
         )
         return True

@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 
 from celery_affinity.burials import Burials
 from celery_affinity.carrying import Carrier
-from celery_affinity.connection import Reachability, check_server
+from celery_affinity.connection import Reachability, check_failover, check_server
 from celery_affinity.doorbell import Doorbell
 from celery_affinity.exceptions import ConfigurationError
 from celery_affinity.intake import Intake
@@ -96,6 +96,7 @@ class Scheduler:
             try:
                 if not checked:
                     check_server(self._scripts.client, logger)
+                    check_failover(self._scripts.client, self._rescuer.timeout)
                     checked = True
                 self._witness.look(self._scripts)
                 wait = self._elector.claim()
@@ -144,7 +145,7 @@ class Scheduler:
             now = time.monotonic()
             if now >= rescue_at:
                 left = self._rescuer.run(self._elector.fence)
-                if left < 0:
+                if left < 0 or self._ends_with_its_server():
                     break
                 self._witness.look(self._scripts)
                 rescue_at = now + min(max(left, RESCUE_PAUSE_SECONDS), self._rescuer.pause)
@@ -166,6 +167,16 @@ class Scheduler:
                 extra={"action": "conceded", "queue": queue.name},
             )
             self._elector.concede()
+
+    def _ends_with_its_server(self) -> bool:
+        """Whether another server answers now: this term is of the one before.
+
+        A replica may not have got all of it, and another candidate may have had a later one.
+        """
+        replaced, self._rescuer.replaced = self._rescuer.replaced, False
+        if replaced:
+            self._elector.resign()
+        return replaced
 
     def _pass(self) -> float | None:
         """Let work in. Returns seconds to the next due entry, 0 for at once, None if deposed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,10 @@ class Sentinels:
             30, "a new master",
         )
 
+    def wait_for_demotion(self) -> None:
+        """Wait until the first server has been made a replica."""
+        wait_until(lambda: self.first.client().role()[0] == b"slave", 30, "a demoted master")
+
     def close(self) -> None:
         for process in self._processes:
             process.kill()
@@ -110,8 +115,6 @@ class Sentinels:
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from acceptance.support import (
     APP,
@@ -59,7 +60,7 @@ def test_a_change_of_master_starts_a_new_term_and_gives_nobody_up(
     producer = start(cluster, sentinels, monkeypatch)
     before = producer.affinity.leader("jobs")
     producer.send_each(TAGS, 4, ms=20)
-    producer.send("long", task="long", ms=9000)
+    producer.send("long", task="long", ms=16_000)
     wait_for_run(history_path, lambda run: run.tag == "long")
     wait_until(lambda: producer.affinity.stats("jobs").entries == 1, what="only the long one left")
     sentinels.first.client().execute_command("WAIT", 1, 5000)
@@ -67,13 +68,14 @@ def test_a_change_of_master_starts_a_new_term_and_gives_nobody_up(
     if how == "killed":
         sentinels.first.kill()
     else:
-        from redis import Redis
-
         Redis(port=sentinels.ports[0]).execute_command("SENTINEL", "FAILOVER", "mymaster")
     sentinels.wait_for_failover()
     print(f"failover {time.monotonic() - began:.1f} s")
+    if how == "demoted":  # what is written to it until it learns of that is lost
+        sentinels.wait_for_demotion()
+        print(f"demotion {time.monotonic() - began:.1f} s")
     producer.send_each(TAGS, 4, ms=20)
-    found = finished(history_path, 60)
+    found = finished(history_path, 50)
     print(f"all done {time.monotonic() - began:.1f} s")
     wait_until(lambda: producer.affinity.stats("jobs").entries == 0, what="all settled")
     assert found.reruns() == 0
@@ -83,3 +85,20 @@ def test_a_change_of_master_starts_a_new_term_and_gives_nobody_up(
         assert "is lost (no heartbeat)" not in node.log_text()
         assert "registers anew" not in node.log_text()
     History.load(history_path).assert_lawful()
+
+
+def test_a_heartbeat_timeout_shorter_than_the_failover_is_refused(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    sentinels = Sentinels(tmp_path / "sentinels", down_after_ms=30_000)
+    try:
+        cluster.environ |= {BROKER_VARIABLE: sentinels.url, "AFFINITY_TEST_MASTER": "mymaster"}
+        worker = cluster.worker(APP, queues="jobs", environ=WORKER_ONLY, extra=LEAN)
+        beat = cluster.beat(APP)
+        assert worker.wait(30) != 0
+        says = "Set heartbeat_timeout to 33 s or more, or lower down-after-milliseconds"
+        assert says in worker.log_text()
+        beat.wait_for_log(says)
+        assert "Scheduling affinity queue" not in beat.log_text()
+    finally:
+        sentinels.close()
