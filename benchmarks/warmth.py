@@ -49,8 +49,8 @@ CASES = (
     Case(50, 10, False, 2000),
     Case(50, 100, False, 2000),
     Case(50, 100, True, 2000),
-    Case(50, 1000, False, 10_000),
-    Case(50, 1000, True, 10_000),
+    Case(50, 1000, False, 4000),
+    Case(50, 1000, True, 4000),
     Case(5, 100, False, 2000),
     Case(5, 100, True, 2000),
     Case(0, 100, False, 2000),
@@ -144,4 +144,4 @@ def _text(results: dict[Case, dict[str, list[Found]]]) -> str:
 
 
 if __name__ == "__main__":
-    main("warmth", measure, 1200, __doc__)
+    main("warmth", measure, 1800, __doc__)

@@ -205,7 +205,6 @@ def test_an_unknown_setting_in_the_conf_is_refused() -> None:
     [
         ("memory://", "the broker is 'memory', which has no place for the queue of each worker"),
         ("filesystem://", "the broker is 'filesystem'.*expected RabbitMQ .* or a Redis"),
-        ("sentinel://host:26379", "the broker is 'sentinel'"),
         ("amqp://host", "the broker is 'amqp'.* needs a Redis .* for its ledger.*set redis_url"),
     ],
 )
