@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from celery import Celery
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from celery_affinity import Affinity, AffinityQueue
 from celery_affinity.connection import connect
 from celery_affinity.doorbell import Doorbell
 from celery_affinity.embedded import Server, start_server
@@ -101,3 +103,22 @@ def test_a_server_that_has_become_a_replica_is_left(server: Server, namespace: s
     server.client().execute_command("REPLICAOF", "NO", "ONE")
     assert scripts.claim("q", "me", 60_000)[0]
     doorbell.close()
+
+
+@pytest.mark.proves("31: another server answers before the leader's term is over", "the term ends with its server")
+def test_a_term_ends_with_its_server(aof_server: Server) -> None:
+    app = Celery("shop", broker=aof_server.url())
+    affinity = Affinity(app, queues=[AffinityQueue("q")], leader_ttl=60)
+    affinity.start_scheduling("node")
+    try:
+        before = wait_until(lambda: affinity.leader("q"), what="a leader")
+        assert before
+        aof_server.restart()
+
+        def anew() -> bool:
+            now = affinity.leader("q")
+            return now is not None and now.term > before.term
+
+        wait_until(anew, 20, "a new term")
+    finally:
+        affinity.stop_scheduling()
