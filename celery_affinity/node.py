@@ -13,6 +13,8 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
+from redis.exceptions import RedisError
+
 from celery_affinity import internals, slot_pool
 from celery_affinity.connection import check_server, connect
 from celery_affinity.delivery import Delivery
@@ -293,7 +295,8 @@ class Node:
         name = self._worker_queue_name(queue)
         self.worker_queues = {**self.worker_queues, queue.name: name}
         self.serves = (*self.serves, queue)
-        self.app.amqp.queues.add(self._delivery.worker_queue(name))
+        note = None if self._relay is None else partial(self._note_abroad, self._scripts())
+        self.app.amqp.queues.add(self._delivery.worker_queue(name, note))
         consume(name)
         self.reporter.changed()
 
@@ -315,13 +318,19 @@ class Node:
         A node that died between the two in the other order left its queue's binding for ever
         (test_a_worker_that_dies_while_it_starts_leaves_nothing).
         """
-        if not self._started:
-            scripts = self._scripts()
-            check_server(scripts.client, logger)
-            self._namesake.before_registration(scripts)
-        self.reporter.register()
-        if self._relay is not None:
-            self._note_abroad(self._scripts())
+        scripts = self._scripts()
+        try:
+            if not self._started:
+                check_server(scripts.client, logger)
+                self._namesake.before_registration(scripts)
+            self.reporter.register()
+            if self._relay is not None:
+                self._note_abroad(scripts)
+        except RedisError as error:
+            if self._relay is None:
+                raise  # the broker's own error, which Celery knows
+            # One for which Celery connects anew, as it does when its broker is away.
+            raise ConnectionError(f"the ledger's Redis does not answer: {error}") from error
 
     def info(self) -> dict[str, Any]:
         """For ``celery inspect affinity``, ``celery inspect stats`` and Flower."""
