@@ -135,8 +135,9 @@ class RabbitServer:
         return {name: int(count) for name, count in re.findall(r"([^;\"]+)=(\d+);", text)}
 
     def log_text(self) -> str:
-        """What it has logged so far."""
-        return (self.directory / "server.log").read_text(errors="replace")
+        """What it has logged so far; first what it wrote before it could log."""
+        files = (self.directory / "server.log", self.directory / "log" / f"{self.node_name}.log")
+        return "".join(file.read_text(errors="replace") for file in files if file.exists())
 
     def control(self, expression: str) -> str:
         """What an Erlang expression answers in the server.

@@ -53,7 +53,9 @@ def server(aof_server: Server) -> Server:
 
 @pytest.fixture
 def producer(cluster: Cluster) -> Producer:
-    return Producer(cluster.broker_url)
+    made = Producer(cluster.broker_url)
+    made.app.conf.broker_transport_options = {"confirm_publish": True}
+    return made
 
 
 def worker_queues(rabbit: RabbitServer, url: str) -> list[str]:
@@ -224,7 +226,7 @@ def test_a_consumer_timeout_is_a_reconnect(
         wait_for_nodes(producer.affinity, 1)
         producer.send_each(TAGS)
         wait_for_ends(history_path, producer.sent, ENDS_SECONDS)
-        timed_out = "has timed out waiting on delivery acknowledgement"
+        timed_out = "has timed out waiting for delivery acknowledgement"
         before = rabbit.log_text().count(timed_out)
 
         worker.stop_process()
@@ -237,6 +239,30 @@ def test_a_consumer_timeout_is_a_reconnect(
         exactly_once(history_path, producer.sent)
         producer.send_each(TAGS)
         exactly_once(history_path, producer.sent)
+
+
+@pytest.mark.proves(
+    "3, 35: a worker is frozen until it is given up and RabbitMQ has lost its queue",
+    "it comes back and works on; at most one task of each slot runs twice",
+)
+@on_both
+def test_a_worker_that_was_given_up_comes_back_with_its_queue(
+    cluster: Cluster, rabbit: RabbitServer, history_path: Path, producer: Producer
+) -> None:
+    (worker,) = start(cluster, "w1")
+    wait_for_nodes(producer.affinity, 1)
+    producer.send_each(TAGS * 2, 10, ms=10)
+    wait_until(starts_are(history_path, 30), ENDS_SECONDS, "30 starts")
+
+    worker.stop_process(tree=True)
+    wait_for_nodes(producer.affinity, 0)
+    wait_until(lambda: not worker_queues(rabbit, cluster.broker_url), what="the end of its queue")
+    worker.cont(tree=True)
+
+    history = finished(history_path, ENDS_SECONDS)
+    assert history.reruns() <= 2
+    producer.send_each(TAGS, 2)
+    finished(history_path, ENDS_SECONDS)
 
 
 @pytest.mark.parametrize("how", ["term", "kill9"])

@@ -12,6 +12,8 @@ from chaos.tail import Tail
 TAGS = 40
 #: Kinds of tasks and how many of a hundred they are.
 MIX = {"work": 85, "flaky": 6, "thrice": 2, "boom": 6, "long": 1}
+#: At once: a broker that confirms each task may be slower than the workers, and faults have their times.
+BURSTS = 20
 
 
 class Workload:
@@ -39,10 +41,11 @@ class Workload:
 
     def step(self) -> None:
         """Send a few bursts if little waits."""
-        self._tail.read()
-        while len(self._tail.sent) - len(self._tail.done) < self._backlog:
-            self._burst()
+        for _ in range(BURSTS):
             self._tail.read()
+            if len(self._tail.sent) - len(self._tail.done) >= self._backlog:
+                break
+            self._burst()
 
     def _burst(self) -> None:
         tag = f"tag-{self._random.choices(range(TAGS), self._weights)[0]}"
