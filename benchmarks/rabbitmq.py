@@ -38,14 +38,17 @@ class RabbitArena(Arena):
         super().__init__(server, rabbit.new_virtual_host())
         self._environ = {"AFFINITY_REDIS_URL": server.url(), "BENCH_QUEUE_TYPE": queue_type}
         os.environ.update(self._environ)
+        self._arguments = {"x-queue-type": "quorum"} if queue_type == "quorum" else None
 
     def _publish(self, contestant: str, pool: Pool, name: str, tasks: Sequence[Task]) -> None:
         os.environ.update(self._environ)
         publisher = self.publisher(contestant)
         with self._server.client() as client, Connection(self._broker) as connection:
             client.flushdb()
-            queue = Queue("bench").bind(connection.default_channel)
-            queue.delete()
+            # Emptied, not deleted: the publisher has declared it, and would not again.
+            queue = Queue("bench", queue_arguments=self._arguments)(connection.default_channel)
+            queue.queue_declare()
+            queue.purge()
             publisher.order("preload", tasks=tasks, queues=1)
             publisher.answer()
             waiting = queue.queue_declare(passive=True).message_count

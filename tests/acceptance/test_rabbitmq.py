@@ -53,7 +53,9 @@ def server(aof_server: Server) -> Server:
 
 @pytest.fixture
 def producer(cluster: Cluster) -> Producer:
-    return Producer(cluster.broker_url)
+    made = Producer(cluster.broker_url)
+    made.app.conf.broker_transport_options = {"confirm_publish": True}
+    return made
 
 
 def worker_queues(rabbit: RabbitServer, url: str) -> list[str]:

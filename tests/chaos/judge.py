@@ -44,7 +44,7 @@ _DUE = "due-"
 #: Of the ledger, without any work and with all workers: see tests/acceptance/test_cleanup.py.
 LASTING = re.compile(
     r"\{affinity:default\}:(schema|revoked|workers|q:jobs:(c|conf|warm|warmz|wake|vacant|leader|"
-    r"idle|dead|deadm|deadz|pace|carried|abroad)|q:\"beat:\w+\":(c|runs|vacant|leader)|[ws]:(?P<incarnation>[0-9a-f]{32}):(info|idle|\d))"
+    r"idle|dead|deadm|deadz|pace|carried|answer|abroad)|q:\"beat:\w+\":(c|runs|vacant|leader)|[ws]:(?P<incarnation>[0-9a-f]{32}):(info|idle|\d))"
 )
 
 

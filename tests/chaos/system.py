@@ -55,6 +55,8 @@ class System:
         ]
         self.beats = [self.cluster.beat(APP, f"beat-{n}", environ=TIMES) for n in (1, 2)]
         self.producer = Producer(broker.url)
+        if rabbit is not None:  # or it may lose a message after its publish has returned
+            self.producer.app.conf.broker_transport_options = {"confirm_publish": True}
         self.producer.app.conf.task_publish_retry_policy = {"max_retries": 30, "interval_max": 0.5}
         self.client: Any = server.client()
         self.client.config_set("busy-reply-threshold", BUSY_AFTER_MS)

@@ -43,6 +43,7 @@
 --   q:<queue>:inbox    list    of a queue whose broker is elsewhere: messages carried here (carrying.py);
 --                              back: list, messages of an evacuation for it;
 --                              carried: zset, identity of each -> until when it is known (ms);
+--                              answer: string, "<token> <n>" of the last request to carry, expires;
 --                              abroad: hash, worker queue on the broker -> its incarnation
 --   q:"beat:<app>":... leader, vacant, c as above: the election of the beat that sends the app's
 --                              periodic tasks; runs: hash, entry -> "<due> <schedule>" of its last

@@ -40,11 +40,7 @@ def make_app(broker_url: str | None = None, **settings: Any) -> tuple[Celery, Af
     if master := os.environ.get("AFFINITY_TEST_MASTER"):
         app.conf.broker_transport_options = {"master_name": master}
     if queue_type := os.environ.get(QUEUE_TYPE_VARIABLE):
-        app.conf.update(
-            task_default_queue_type=queue_type, task_create_missing_queue_type=queue_type,
-            # Or RabbitMQ may lose a message after its publish has returned.
-            broker_transport_options={"confirm_publish": True},
-        )
+        app.conf.update(task_default_queue_type=queue_type, task_create_missing_queue_type=queue_type)
     app.task(plain_work, name="jobs.plain_work", bind=True)  # goes to the default queue
     queue = {
         "max_batch_size": int(os.environ.get("BATCH", "10")),
