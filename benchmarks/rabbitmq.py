@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -51,7 +52,10 @@ class RabbitArena(Arena):
             queue.purge()
             publisher.order("preload", tasks=tasks, queues=1)
             publisher.answer()
-            waiting = queue.queue_declare(passive=True).message_count
+            # Publishes are not confirmed: the last ones may be under way.
+            deadline, waiting = time.monotonic() + 10, 0
+            while waiting != len(tasks) and time.monotonic() < deadline:
+                waiting = queue.queue_declare(passive=True).message_count
         if waiting != len(tasks):
             raise RuntimeError(f"{waiting} of {len(tasks)} tasks were published")
 
