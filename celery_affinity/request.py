@@ -50,6 +50,10 @@ def _noop(*args: object, **kwargs: object) -> None:
     return None
 
 
+class _TooLate(Exception):
+    """A revoked task may have started."""
+
+
 class DispatchedRequest:
     """Mixed over the class that Celery makes of the task's Request, for dispatched messages."""
 
@@ -265,12 +269,23 @@ class DispatchedRequest:
                 self.affinity_ends.process_lost(self.affinity_stamp)
             self._ended()
 
+    def revoked(self) -> bool:
+        """Whether it is revoked or expired, and was not too late for that.
+
+        Where the ledger says that it may have started, a reconnect has left a copy in the pipe of
+        its process, or this copy is an old one. Its gate knows which: it goes on to the pool.
+        """
+        try:
+            return bool(super().revoked())  # type: ignore[misc]
+        except _TooLate:
+            return False
+
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         if getattr(self, "time_start", None):
             self.affinity_ends.finish(self.affinity_stamp)
             self._stops()
-        else:
-            self.affinity_ends.discard(self.affinity_stamp, "settle", reason)
+        elif not self.affinity_ends.discard(self.affinity_stamp, "settle", reason):
+            raise _TooLate
         super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
         self._ended()
 

@@ -185,8 +185,9 @@ class Node(Group):
             self._doomed.setdefault(stamp.entry, ("bury", "unknown task"))
         elif self.world.chance(0.3) and any(p.job and p.job.stamp and p.job.stamp.entry == stamp.entry for p in self.procs):
             self._doomed.setdefault(stamp.entry, ("settle", "revoked while a copy runs"))
-        if stamp.entry in self._doomed:
-            self.reporter.discard(stamp, *self._doomed[stamp.entry])
+        verdict, reason = self._doomed.get(stamp.entry, ("", ""))
+        # What is revoked too late goes on: its gate knows whether it has run.
+        if verdict and (self.reporter.discard(stamp, verdict, reason) or verdict != "settle"):
             self.reporter.held.ended(stamp)
         else:
             job.announced = job.announced or not stamp.resent

@@ -19,10 +19,10 @@ from .server import Ledger, all_scripts, ledger, virtual
 BLOCKS, BLOCK = 10, 50
 #: A planted bug is found in so many, or not.
 PATIENCE = 1000
-#: Scripts of periodic tasks' runs and of batch tasks, which nobody sends here, and of operators: tests/lua
-#: walks with those.
+#: Scripts of periodic tasks' runs and of batch tasks, which nobody sends here, of operators, and of another
+#: broker: tests/lua walks with those.
 ELSEWHERE = {
-    "claim_run", "confirm_run", "find", "forget_runs", "limit", "move", "note", "pause", "pause_tag", "purge",
+    "carry", "claim_run", "confirm_run", "find", "forget_runs", "limit", "move", "note", "pause", "pause_tag", "purge",
     "purge_tag", "requeue", "resume_tag", "revoke_tag", "settle_batch", "take",
 }
 

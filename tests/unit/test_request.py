@@ -40,3 +40,31 @@ def test_a_task_whose_process_was_killed_for_the_one_before_it_is_not_revoked(
 
     assert asked == ([] if meant else ["stamp"]), "the ledger gives it back to its tag"
     assert getattr(one, "failures", []) == (["stock"] if meant else [])
+
+
+class Revocable(Stock):
+    """Celery's request, of a task that is revoked before it has started."""
+
+    time_start = None
+
+    def revoked(self) -> bool:
+        self._announce_revoked("revoked", False, None, False)
+        return True
+
+    def _announce_revoked(self, *_: Any) -> None:
+        self.announced = True
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_a_task_that_may_have_started_when_its_revoke_is_seen_is_left_to_its_gate(in_time: bool) -> None:
+    """A copy that a reconnect had left in the pipe may run. Ended by the parent alone it stayed in the
+    ledger for ever, and its tag with it (simulation, seed 3003267)."""
+    held = SimpleNamespace(ended=lambda stamp: None, other_request=lambda *_: None)
+    ends = SimpleNamespace(held=held, discard=lambda stamp, verdict, reason: in_time)
+    kind = type("Request", (DispatchedRequest, Revocable), {"affinity_ends": ends})
+    one: Any = kind.__new__(kind)
+    one.affinity_stamp = "stamp"
+    one.announced = False
+
+    assert one.revoked() is in_time
+    assert one.announced is in_time, "nobody is told of a revoke that was too late"
