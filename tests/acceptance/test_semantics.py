@@ -337,7 +337,9 @@ def test_a_retry_keeps_the_id_and_ends_with_its_result(
     tag = twins.tag()
     result = twins.again.delay(how, tag=tag)
     twins.wait_for_run(tag, 2)
-    assert result.get(timeout=20) == gives  # of two successes the first one stays
+    either = {gives, f"{how} 1"} if (twins.kind, how) == ("plain", "throw=False") else {gives}
+    # Of two successes the first one stays; plain Celery may run both at once, in any order.
+    assert result.get(timeout=20) in either
     first, second = twins.runs(tag)
     assert first.task_id == second.task_id == result.id
     assert (first.retries, second.retries) == (0, 1)
