@@ -2,7 +2,7 @@
 
 A pool process outlives its killed parent for as long as its task takes. With a copy of the socket
 it would keep the parent's connection open, and with it what RabbitMQ has handed out there
-(test_a_killed_leader_hands_its_messages_to_the_next_although_its_children_live).
+(test_a_forked_child_does_not_keep_a_connection_open_whose_process_has_gone).
 """
 
 from __future__ import annotations

@@ -138,14 +138,14 @@ def finished(history_path: Path, timeout: float = 30.0) -> History:
 
 
 def leading(affinity: Affinity, nodes: Sequence[Node]) -> Node:
-    """Wait for a leader; which of the nodes it is."""
+    """Wait for a leader that runs; which of the nodes it is."""
 
-    def pid() -> str | None:
+    def found() -> Node | None:
         leader = affinity.leader("jobs")
-        return leader.leader.split("/")[1] if leader else None
+        pid = leader.leader.split("/")[1] if leader else None
+        return next((node for node in nodes if str(node.pid) == pid), None)
 
-    found = wait_until(pid, what="a leader")
-    return next(node for node in nodes if str(node.pid) == found)
+    return wait_until(found, what="a leader")
 
 
 def slots(affinity: Affinity) -> list[SlotRecord]:

@@ -24,7 +24,7 @@ from acceptance.support import (
     wait_for_run,
 )
 from celery_affinity.embedded import Server
-from harness import Cluster, is_gone, wait_for_ends, wait_until
+from harness import Cluster, wait_for_ends, wait_until
 from history import History
 from rabbit import RabbitServer
 
@@ -200,32 +200,6 @@ def test_while_the_broker_is_away_no_message_is_sent_again_and_again(
     resent = int(ledger.hget("{affinity:default}:q:jobs:c", "resent") or 0)
     print(f"{resent} messages were sent again")
     assert resent <= 4, "what two slots had out, once"
-
-
-@pytest.mark.parametrize(
-    "elsewhere", [pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)], indirect=True
-)
-def test_a_killed_leader_hands_its_messages_to_the_next_although_its_children_live(
-    elsewhere: Elsewhere, history_path: Path
-) -> None:
-    """A child that was forked later has its sockets: RabbitMQ would not know that it has gone."""
-    producer = Producer(elsewhere.url)
-    leader = elsewhere.cluster.worker(
-        APP, queues="jobs", environ={**QUICK, "AFFINITY_LEADER_TTL": "20"},
-        extra=(*LEAN, "--max-tasks-per-child=1"),
-    )
-    producer.send("busy")
-    wait_for_ends(history_path, 1)
-    producer.send("busy", ms=60_000)
-    wait_for_run(history_path, lambda run: run.seq == 1)
-    elsewhere.ledger.pause()  # what is handed out now, it cannot carry
-    producer.send_each(TAGS, 2)
-    wait_until(lambda: elsewhere.length("jobs") == 0, what="messages that are handed out")
-    child, = leader.children()
-    leader.kill9()
-    # Without that RabbitMQ would miss two heartbeats first: 40 s.
-    wait_until(lambda: elsewhere.length("jobs") == 2 * len(TAGS), what="messages that are back")
-    assert not is_gone(child)
 
 
 def test_a_url_that_names_the_same_server_otherwise_is_the_same_redis(

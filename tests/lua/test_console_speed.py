@@ -200,7 +200,7 @@ def test_a_step_of_the_search_for_a_task_is_short_whatever_the_messages_size(
                 client.lpush(key, raw)
         before = _script_calls(client)
         assert scripts.find(key, "nobody", FIND_PAGE, FIND_BYTES) is None
-        assert _script_calls(client) - before >= many * size / (FIND_BYTES * 1.5)
+        assert _script_calls(client) - before >= many * size / (FIND_BYTES * 2)
         for number in (0, 57, 119):
             found = scripts.find(key, f"id-{number}", FIND_PAGE, FIND_BYTES)
             assert found == number + 1
