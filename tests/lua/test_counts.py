@@ -170,5 +170,7 @@ def test_an_idle_tag_takes_no_byte(server: Server) -> None:
             for key in client.keys("*")
         }
 
-    few = after(10, 1_000)
-    assert after(2_000, 10_000) == few
+    few, many = after(10, 1_000), after(2_000, 10_000)
+    assert many.keys() == few.keys()
+    # A stamp that gets longer may need the allocator's next size: not a byte for each of 2,000 tags.
+    assert {key: size for key, size in many.items() if abs(size - few[key]) > 64} == {}
