@@ -17,7 +17,8 @@ from redis import Redis
 
 from benchmarks.scripted import STAMP, ScriptedLedger
 from celery_affinity.keys import Keys
-from celery_affinity.scripts import Scripts, source
+from celery_affinity.lua_text import source
+from celery_affinity.scripts import Scripts
 
 __all__ = ("Pipeline", "Recorder")
 

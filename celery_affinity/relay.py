@@ -108,10 +108,9 @@ class Relay:
                     self._doorbell.wait(WAIT_SECONDS)
                     continue
                 outlet = outlet or self._connect()
-                all_went = self.relay(outlet, raws)
-                self._reachability.answered()
-                if not all_went:
-                    # Its queue is not declared (again) yet: Celery's consumer is about to.
+                if self.relay(outlet, raws):
+                    self._reachability.answered()
+                else:
                     self._stopping.wait(RETRY_SECONDS)
             except Exception as error:
                 if outlet is not None:
@@ -145,6 +144,9 @@ class Relay:
             for stamp, is_there in zip(stamps, went or [False] * len(stamps), strict=True):
                 if not is_there:
                     self._held.unsent(stamp)
+        if not all(went):
+            # Celery's consumer is about to declare it (again).
+            self._reachability.unanswered(OSError("this worker's queue is not there"))
         done += [raw for (_, _, raw), is_there in zip(messages, went, strict=False) if is_there]
         if done:
             self._remove(done)

@@ -69,6 +69,7 @@ class Scheduler:
         self._rescuer = rescuer
         self._burials = burials
         self._carrier = carrier
+        self._pending = pending[0]
         self._stopping = threading.Event()
         keys = scripts.keys
         self._arrivals = doorbells([*pending, keys.queue(queue.state, "wake")])
@@ -140,6 +141,8 @@ class Scheduler:
             return self._elector.concede()
         if self._carrier is not None:
             self._carrier.begin(fence)
+        else:
+            self._scripts.bring_home(queue.state, self._pending)
         rescue_at = 0.0
         while self._elector.leading and not self._stopping.is_set():
             now = time.monotonic()

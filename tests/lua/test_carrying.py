@@ -20,6 +20,7 @@ from celery_affinity.message import Stamp, envelope, stamp_of
 from celery_affinity.relay import Relay
 from harness import wait_until
 from lua.conftest import Bench, Copy, Node
+from lua.test_leader_crashes import Told, leader, pass_until_idle
 
 
 class Died(BaseException):
@@ -273,6 +274,18 @@ def test_while_a_queue_is_evacuated_its_messages_stay_on_the_broker(bench: Bench
     assert answer[0] == -2 and bench.scripts.inbox_length("q") == 0
 
 
+def test_what_was_carried_is_not_left_behind_when_the_broker_is_the_ledgers_redis_now(bench: Bench) -> None:
+    """Settings change; or a leader could not ask whether two URLs name one server."""
+    inbox = bench.scripts.keys.inbox("q")
+    bench.client.lpush(inbox, message("a-1"), message("a-2"))
+    bench.client.lpush(bench.pending, message("a-3"))
+
+    pass_until_idle(leader(bench.client, bench, "leader/1", Told()))
+
+    assert admitted(bench) == ["a-1", "a-2", "a-3"]
+    assert not bench.client.exists(inbox)
+
+
 def test_what_is_evacuated_goes_back_to_the_broker_in_order(bench: Bench) -> None:
     bench.lead()
     back, inbox = bench.scripts.keys.back("q"), bench.scripts.keys.inbox("q")
@@ -354,6 +367,22 @@ def test_a_relay_that_dies_between_publish_and_removal_doubles_no_run(relayed: R
     assert first.settle()
     assert relayed.once()
     assert [copy.id for copy in relayed.arrivals()] == ["a-2"]
+
+
+def test_that_a_worker_queue_is_not_there_is_said_once_and_also_that_it_is_back(
+    relayed: Relayed, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = relayed.hub.queues.pop("wq")
+    relayed.relay.start()
+    try:
+        wait_until(lambda: "queue is not there" in caplog.text, what="a word")
+        wait_until(lambda: relayed.hub.calls >= 4, what="two more tries")
+        relayed.hub.queues["wq"] = queue
+        wait_until(lambda: "go on" in caplog.text, what="that it is back")
+    finally:
+        relayed.relay.stop()
+    assert caplog.text.count("queue is not there") == 1
+    assert len(queue) == 1
 
 
 def _dies(raws: Sequence[bytes]) -> None:

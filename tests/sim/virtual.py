@@ -153,6 +153,9 @@ class FakeClient:
             "aof_enabled": 1, "run_id": "one", "uptime_in_seconds": 10**6,
         }  # fmt: skip
 
+    def lmove(self, source: str, target: str, end: str, at: str) -> None:
+        """Nothing is carried from another broker here, so nothing is to be brought home."""
+
     def lrange(self, key: str, first: int, last: int) -> Any:
         self._world.pause()
         return self._world.ledger.command("LRANGE", key, first, last)

@@ -1,0 +1,65 @@
+"""What the ledger keeps where the broker is elsewhere: the inbox, and the nodes' queues abroad."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from celery_affinity.broker import Taken
+from celery_affinity.script_calls import ScriptCalls, text_of
+
+__all__ = ("CarryingScripts",)
+
+
+class CarryingScripts(ScriptCalls):
+    """Reads and changes of that."""
+
+    def carry(
+        self,
+        state: str,
+        token: str,
+        fence: str,
+        taken: Sequence[Taken],
+        kept_ms: int,
+        most: int,
+    ) -> tuple[int, int]:
+        """Returns (carried, length of the inbox); carried is -1 if not the leader, -2 if the
+        queue is evacuated; see carry.lua.
+        """
+        words = [
+            word for one in taken for word in (one.identity, "again" if one.again else "", one.raw)
+        ]
+        answer = self._call("carry", state, token, fence, kept_ms, most, *words)
+        return int(answer[0]), int(answer[1]) if len(answer) > 1 else 0
+
+    def inbox_length(self, state: str) -> int:
+        """Messages that were carried and wait for intake. Reads only."""
+        return int(self.client.llen(self.keys.inbox(state)))
+
+    def note_abroad(self, incarnation: str, queues: Mapping[str, str]) -> None:
+        """Note what a node consumes on another broker: state name -> worker queue."""
+        for state, name in queues.items():
+            self.client.hset(self.keys.abroad(state), name, incarnation)
+
+    def forget_abroad(self, state: str, names: Sequence[str]) -> None:
+        """These worker queues are deleted."""
+        self.client.hdel(self.keys.abroad(state), *names)
+
+    def queues_abroad_of_the_lost(self, state: str) -> list[str]:
+        """Worker queues whose node is not registered (any more). Reads only."""
+        found: Any = self.client.hgetall(self.keys.abroad(state))
+        return [
+            text_of(name)
+            for name, incarnation in found.items()
+            if self.client.zscore(self.keys.workers, incarnation) is None
+        ]
+
+    def bring_home(self, state: str, pending: str) -> int:
+        """Put what was carried before the broker was the ledger's Redis in front of the pending
+        list; returns how many. The youngest first, so that a crash in between keeps the order.
+        """
+        client: Any = self.client
+        moved = 0
+        while client.lmove(self.keys.inbox(state), pending, "LEFT", "RIGHT") is not None:
+            moved += 1
+        return moved

@@ -1,0 +1,211 @@
+"""The transitions that nodes and their gates ask for: one typed method for each Lua script."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from celery_affinity.script_calls import SCHEMA_VERSION, ScriptCalls, text_of
+
+__all__ = ("NodeScripts",)
+
+
+def _lines(queues: Sequence[tuple[str, int, str]]) -> str:
+    return "\n".join(f"{state}\t{limit}\t{listkey}" for state, limit, listkey in queues)
+
+
+class NodeScripts(ScriptCalls):
+    """Calls of those scripts."""
+
+    # What a node does
+
+    def register(
+        self,
+        incarnation: str,
+        *,
+        name: str,
+        depth: int,
+        slots: int,
+        queues: Sequence[tuple[str, int, str]],
+        junk: Sequence[str],
+        role: str,
+        timeout_ms: int,
+        busy: Sequence[int] = (),
+        change: int = 0,
+    ) -> int:
+        """Announce an incarnation and offer its slots; the number of the change in force."""
+        answer = self._call(
+            "register",
+            incarnation,
+            name,
+            depth,
+            slots,
+            _lines(queues),
+            "\n".join(junk),
+            role,
+            timeout_ms,
+            "\n".join(str(i) for i in busy),
+            SCHEMA_VERSION,
+            change,
+        )
+        self._check_schema(answer)
+        return int(answer[1])
+
+    def serve(
+        self,
+        incarnation: str,
+        change: int,
+        *,
+        slots: int,
+        queues: Sequence[tuple[str, int, str]],
+        junk: Sequence[str],
+        budget: int = 100,
+    ) -> int | None:
+        """Change the queues and slots of a registered node.
+
+        Returns the entries given back; None if it is not registered, or a later change is in force.
+        """
+        back = 0
+        while True:
+            code, done, more = self._call(
+                "serve", incarnation, change, slots, _lines(queues), "\n".join(junk), budget
+            )
+            if code != 1:
+                return None
+            back += int(done)
+            if not more:
+                return back
+
+    def heartbeat(
+        self, incarnation: str, beat: str, grace_ms: int, held: Sequence[str]
+    ) -> tuple[bool, int, int, int]:
+        """Returns (registered, messages sent again, entries taken back, last change in force)."""
+        registered, *counts = self._call("heartbeat", incarnation, beat, grace_ms, *held)
+        again, back, change = map(int, counts or (0, 0, 0))
+        return bool(registered), again, back, change
+
+    def drain(self, incarnation: str, budget: int = 100) -> int:
+        """Take no more, give back what has not started; returns how many entries."""
+        return self._until_done("drain", incarnation, budget)
+
+    def leave(self, incarnation: str, budget: int = 100) -> int:
+        """Take a stopped node out of the ledger; returns entries given back."""
+        return self._until_done("leave", incarnation, budget)
+
+    def _until_done(self, name: str, incarnation: str, budget: int) -> int:
+        back = 0
+        while True:
+            done, more = self._call(name, incarnation, budget)
+            back += int(done)
+            if not more:
+                return back
+
+    # What happens to a dispatched message
+
+    def start(
+        self,
+        incarnation: str,
+        slot: int,
+        entry: str,
+        epoch: str,
+        send: str,
+        token: str,
+        least_ms: int,
+    ) -> int:
+        """1 to run it; negative to refuse this copy; see start.lua."""
+        return int(self._call("start", incarnation, slot, entry, epoch, send, token, least_ms))
+
+    def refused(self, state: str) -> None:
+        """Count a copy that was refused."""
+        self._call("refused", state)
+
+    def settle(
+        self,
+        incarnation: str,
+        slot: int,
+        entry: str,
+        epoch: str,
+        token: str,
+        outcome: str,
+        *rest: object,
+        grant: str = "",
+        least_ms: int = 0,
+    ) -> str:
+        """End a started task; see settle.lua.
+
+        Arguments:
+            grant: A start token for the next entry, if that has its lease for `least_ms` at least.
+        """
+        fence = incarnation, slot, entry, epoch, token
+        return text_of(self._call("settle", *fence, grant, least_ms, outcome, *rest))
+
+    def decline(self, incarnation: str, slot: int, entry: str, epoch: str, token: str) -> bool:
+        """Give back a start that was granted and not used."""
+        return bool(self._call("decline", incarnation, slot, entry, epoch, token))
+
+    def take(
+        self,
+        incarnation: str,
+        slot: int,
+        entry: str,
+        epoch: str,
+        token: str,
+        least_ms: int,
+        task: str,
+        most_bytes: int,
+    ) -> tuple[int, list[tuple[str, bytes]]]:
+        """What joins a started batch task, as (entry, message); see take.lua."""
+        code, *found = self._call(
+            "take", incarnation, slot, entry, epoch, token, least_ms, task, most_bytes
+        )
+        entries = map(text_of, found[::2])
+        return int(code), list(zip(entries, found[1::2], strict=True))
+
+    def settle_batch(
+        self,
+        incarnation: str,
+        slot: int,
+        entry: str,
+        epoch: str,
+        token: str,
+        ends: Sequence[tuple[str, str, Sequence[object]]],
+    ) -> str:
+        """End all entries of a call: (entry, outcome, more words) of each; see settle_batch.lua."""
+        words = [word for one, outcome, rest in ends for word in (one, outcome, len(rest), *rest)]
+        return text_of(self._call("settle_batch", incarnation, slot, entry, epoch, token, *words))
+
+    def discard(
+        self,
+        incarnation: str,
+        slot: int,
+        entry: str,
+        epoch: str,
+        send: str,
+        verdict: str,
+        reason: str = "",
+        alone: bool = False,
+    ) -> int:
+        """End a dispatched message that was never started; see discard.lua."""
+        copies = "alone" if alone else ""
+        return int(
+            self._call("discard", incarnation, slot, entry, epoch, send, copies, verdict, reason)
+        )
+
+    def lost(self, incarnation: str, slot: int, entry: str, epoch: str, state: str) -> str:
+        """What becomes of a task whose process is gone: settled, requeued or buried."""
+        return text_of(self._call("lost", incarnation, slot, entry, epoch, state))
+
+    def finish(self, incarnation: str, slot: int, entry: str, epoch: str, outcome: str = "") -> int:
+        """Note that the parent ended a running task, whose process still has to stop; its code."""
+        return int(self._call("finish", incarnation, slot, entry, epoch, outcome))
+
+    def process_up(self, incarnation: str, slot: int) -> bool:
+        """A slot has a new process."""
+        return bool(self._call("process_up", incarnation, slot))
+
+    def occupy(self, incarnation: str, slot: int | None, token: str) -> bool:
+        """An ordinary task begins in a slot."""
+        return bool(self._call("occupy", incarnation, "" if slot is None else slot, token))
+
+    def vacate(self, incarnation: str, token: str) -> bool:
+        """An ordinary task has ended."""
+        return bool(self._call("vacate", incarnation, token))
