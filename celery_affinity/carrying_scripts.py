@@ -54,12 +54,14 @@ class CarryingScripts(ScriptCalls):
             if self.client.zscore(self.keys.workers, incarnation) is None
         ]
 
-    def bring_home(self, state: str, pending: str) -> int:
-        """Put what was carried before the broker was the ledger's Redis in front of the pending
-        list; returns how many. The youngest first, so that a crash in between keeps the order.
+    def bring_home(self, state: str, fence: str, pending: str, most: int = 1000) -> int:
+        """Put an inbox in front of the pending list, a part at a time; returns how many were moved,
+        -1 if not the leader; see bring_home.lua.
         """
-        client: Any = self.client
         moved = 0
-        while client.lmove(self.keys.inbox(state), pending, "LEFT", "RIGHT") is not None:
-            moved += 1
+        while self.inbox_length(state):
+            part = int(self._call("bring_home", state, fence, most, lists=[pending]))
+            if part < 0:
+                return part
+            moved += part
         return moved

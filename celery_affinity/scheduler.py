@@ -141,8 +141,8 @@ class Scheduler:
             return self._elector.concede()
         if self._carrier is not None:
             self._carrier.begin(fence)
-        else:
-            self._scripts.bring_home(queue.state, self._pending)
+        elif self._scripts.bring_home(queue.state, fence, self._pending) == -1:
+            return self._elector.concede()
         rescue_at = 0.0
         while self._elector.leading and not self._stopping.is_set():
             now = time.monotonic()

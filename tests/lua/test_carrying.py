@@ -286,6 +286,23 @@ def test_what_was_carried_is_not_left_behind_when_the_broker_is_the_ledgers_redi
     assert not bench.client.exists(inbox)
 
 
+def test_an_inbox_is_brought_home_in_parts_and_in_order_by_the_leader_only(bench: Bench) -> None:
+    inbox = bench.scripts.keys.inbox("q")
+    bench.client.lpush(inbox, "1", "2", "3")
+    bench.client.lpush(bench.pending, "4")
+    bench.lead(candidate="earlier/1")
+    superseded = bench.fence
+    bench.scripts.resign("q", superseded)
+    bench.lead()
+    assert bench.scripts.bring_home("q", superseded, bench.pending) == -1
+    assert bench.client.llen(inbox) == 3
+
+    assert bench.scripts._call("bring_home", "q", bench.fence, 2, lists=[bench.pending]) == 2
+    assert bench.client.lrange(bench.pending, 0, -1) == [b"4", b"3", b"2"]
+    assert bench.scripts.bring_home("q", bench.fence, bench.pending) == 1
+    assert bench.client.lrange(bench.pending, 0, -1) == [b"4", b"3", b"2", b"1"]
+
+
 def test_what_is_evacuated_goes_back_to_the_broker_in_order(bench: Bench) -> None:
     bench.lead()
     back, inbox = bench.scripts.keys.back("q"), bench.scripts.keys.inbox("q")

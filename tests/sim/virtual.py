@@ -153,8 +153,9 @@ class FakeClient:
             "aof_enabled": 1, "run_id": "one", "uptime_in_seconds": 10**6,
         }  # fmt: skip
 
-    def lmove(self, source: str, target: str, end: str, at: str) -> None:
-        """Nothing is carried from another broker here, so nothing is to be brought home."""
+    def llen(self, key: str) -> int:
+        """Nothing is carried from another broker here: inboxes are empty."""
+        return 0
 
     def lrange(self, key: str, first: int, last: int) -> Any:
         self._world.pause()
