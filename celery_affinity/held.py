@@ -20,7 +20,7 @@ class Held:
     greenlets may call them side by side.
     """
 
-    #: Entries remembered that were announced here and then refused, or flushed.
+    #: Entries remembered that were announced here and then refused, flushed, or ended unstarted.
     REFUSED = 1000
 
     def __init__(self) -> None:
@@ -29,6 +29,8 @@ class Held:
         self._copies: dict[str, list[None]] = {}
         self._accepted: set[str] = set()
         self._refused: dict[tuple[str, str], None] = {}
+        #: Entries, with their lease, that the ledger has ended on this node's word.
+        self._discarded: dict[tuple[str, str, str], None] = {}
         #: The same of messages that the pool may have thrown away: then they never end.
         self._flushed: dict[str, list[None]] = {}
         #: Messages that were given their end while they ran -> whether their process has stopped.
@@ -89,6 +91,24 @@ class Held:
     def was_refused(self, stamp: Stamp) -> bool:
         """Whether a copy of this entry was announced here before. Forgets it."""
         return self._refused.pop((stamp.state, stamp.entry), False) is None
+
+    def discarded(self, stamp: Stamp) -> None:
+        """The ledger has ended its entry, unstarted: no other copy of it may get to its process,
+        which may have been granted its start.
+        """
+        self._discarded[stamp.state, stamp.entry, stamp.epoch] = None
+        if len(self._discarded) > self.REFUSED:
+            self._discarded.pop(next(iter(self._discarded)), None)
+
+    def was_discarded(self, stamp: Stamp) -> bool:
+        """Whether its entry has ended here, in the same lease."""
+        return (stamp.state, stamp.entry, stamp.epoch) in self._discarded
+
+    def may_run(self, stamp: Stamp) -> None:
+        """It is of no use here, but another copy of it may run: have one more sent, so that its
+        gate decides.
+        """
+        self._may_run(stamp.held, [None])
 
     def flushed(self) -> None:
         """The pool has thrown away what no process had taken.

@@ -71,13 +71,18 @@ class Strategy:
         stamp = Stamp.parse((message.headers or {}).get(STAMP_HEADER))
         if stamp is None:
             return self.stock(message, body, ack, reject, callbacks)
+        if self.ends.held.was_discarded(stamp):
+            return None
         _as_sent(message)
         try:
             self._receive(self._request(message), message)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"[:1000]
-            self.ends.discard(stamp, "bury", reason)
+            buried = self.ends.discard(stamp, "bury", reason)
             self.ends.held.ended(stamp)
+            if not buried:
+                self.ends.held.may_run(stamp)
+                return None
             logger.exception(
                 "Buried a message that is not a usable task: %s",
                 reason,

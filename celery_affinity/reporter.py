@@ -162,6 +162,8 @@ class Reporter:
                 alone,
             )
         )
+        if answer:
+            self.held.discarded(stamp)
         # Untold, or no longer this node's: the ledger has it still, and it comes again somewhere.
         return bool(answer == 1 if verdict == "unknown" else answer != 0)
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from celery.exceptions import InvalidTaskError
 
+from celery_affinity.held import Held
 from celery_affinity.message import STAMP_HEADER, Stamp
 
 __all__ = ("check_limits", "survive_unreadable")
@@ -28,8 +29,10 @@ logger = logging.getLogger(__name__)
 class Buries(Protocol):
     """What is told of a dispatched message that cannot be read."""
 
+    held: Held
+
     def discard(self, stamp: Stamp, verdict: str, reason: str = "") -> bool:
-        """It ended without being started."""
+        """It ended without being started; False if another copy of it may have been."""
 
 
 def survive_unreadable(consumer: Any, ends: Buries) -> None:
@@ -113,7 +116,9 @@ def _bury(ends: Buries, message: Any, error: Exception) -> bool:
     if stamp is None:
         return False
     reason = f"{type(error).__name__}: {error}"[:1000]
-    ends.discard(stamp, "bury", reason)
+    if not ends.discard(stamp, "bury", reason):
+        ends.held.may_run(stamp)
+        return True
     logger.error(
         "Buried a message that cannot be read: %s",
         reason,

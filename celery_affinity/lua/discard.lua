@@ -7,6 +7,8 @@
 -- Returns 0 not this caller's (any more), or it has started; 1 done;
 --         2 requeued, for a worker that knows the task or has not tried yet (else it is buried, and
 --         the caller tells whoever waits for its result)
+-- A repeat (lost reply) gets the same answer, for any copy of the entry: after a 0 its message goes on
+-- to its process, which may have been granted its start.
 -- @include base
 -- @include ring
 -- @include deliver
@@ -26,6 +28,13 @@ local function another_may_know(q, task)
 end
 
 local inc, i, entry, epoch, send = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local this = entry .. ' ' .. epoch .. ' '
+local last = redis.call('HGET', slot_key(inc, i), 'discarded') or ''
+if string.sub(last, 1, #this) == this then return tonumber(string.sub(last, #this + 1)) end
+local function answered(answer)
+  redis.call('HSET', slot_key(inc, i), 'discarded', this .. answer)
+  return answer
+end
 local l, leased = load_lease(inc, i)
 if not leased or l.epoch ~= epoch then return 0 end
 local k = l.out[1] and l.out[1].entry == entry and 1 or 2
@@ -45,7 +54,7 @@ if ARGV[7] == 'unknown' then
     take_back(l, false)
     l.n = l.n - 1
     go_on(l, worker(inc))
-    return 2
+    return answered(2)
   end
   bury(l.q, entry, l.tag, 'unknown task ' .. ARGV[8], nil, true)
 elseif ARGV[7] == 'bury' then
@@ -56,4 +65,4 @@ else
 end
 if k == 1 then drop_first(l) else l.out[2] = nil end
 go_on(l, worker(inc))
-return 1
+return answered(1)

@@ -111,9 +111,21 @@ def test_a_discarded_message_frees_its_slot_for_the_next(bench: Bench) -> None:
     s = node.take().stamp
     args = (s.incarnation, s.slot, s.entry, s.epoch, s.send)
     assert bench.scripts.discard(*args, "bury", "unknown task")
-    assert not bench.scripts.discard(*args, "bury", "unknown task")
     assert [d["reason"] for d in bench.dead()] == ["unknown task"]
     assert node.drain_all() == ["a-2"]
+
+
+def test_a_repeated_discard_is_answered_as_before(bench: Bench) -> None:
+    """Its reply was lost. A "no" would send the message on to its process, which may have a grant."""
+    node = bench.opening(1, 2)
+    s = node.take().stamp
+    args = (s.incarnation, s.slot, s.entry, s.epoch, s.send)
+    answers = [bench.scripts.discard(*args, "settle", "revoked") for _ in range(2)]
+    assert answers == [1, 1]
+    assert bench.scripts.discard(*args[:3], "1", args[4], "settle") == 0, "of an older lease"
+    assert node.drain_all() == ["a-2"]
+    assert bench.scripts.discard(*args, "settle", "revoked") == 1, "also when the slot has gone on"
+    assert bench.client.hget(bench.queue_key("c"), "settled") == b"2"
 
 
 def test_a_started_message_cannot_be_discarded(bench: Bench) -> None:

@@ -18,8 +18,8 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
     "process_up": (0,), "occupy": (0,), "decline": (0,),
 }  # fmt: skip
 #: Scripts whose repeat, at once, gets the same answer; those in the second set write nothing then.
-REPEATABLE = {"start", "settle", "claim", "register", "renew", "finish", "configure", "occupy", "process_up"}
-SILENT_REPEAT = {"start", "settle"}
+REPEATABLE = {"start", "settle", "claim", "register", "renew", "finish", "configure", "occupy", "process_up", "discard"}
+SILENT_REPEAT = {"start", "settle", "discard"}
 NONCE = re.compile(rb'"nonce": "([^"]+)"')
 
 

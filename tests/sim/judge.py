@@ -237,7 +237,8 @@ class Judge:
                     run.given_up = True
 
     def _discard(self, now: int, redis_us: int, args: Any, answer: Any, late: bool) -> None:
-        if answer == 1 and args[6] == "settle":
+        # A repeat is answered as before; what it must not be is sent again meanwhile (_sent).
+        if answer == 1 and args[6] == "settle" and self.ended.get(int(args[2])) != "discard":
             self._end(int(args[2]), "discard")
 
     def _start(self, now: int, redis_us: int, args: Any, answer: Any, late: bool) -> None:

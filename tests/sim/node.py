@@ -56,6 +56,8 @@ class Node(Group):
         self._limited: list[Job] = []
         #: Entries that were revoked or cannot be used here: no later copy of them gets further.
         self._doomed: dict[str, tuple[str, str]] = {}
+        #: Entries of which a copy was here that could be used, or was not looked at so far.
+        self._usable: set[str] = set()
         self.reporter = Reporter(self._connect, self.inc, self._announcement, 2.0, Lifeline())
         self.reporter.held = history.bugs.held()
         self.reporter.held.on_end = self.reporter._on_end
@@ -175,20 +177,28 @@ class Node(Group):
         headers = json.loads(raw)["headers"]
         stamp = Stamp.parse(headers[STAMP_HEADER])
         assert stamp is not None
+        if self.reporter.held.was_discarded(stamp):
+            return
         job = Job(headers, stamp)
         job.announced = self.reporter.held.was_refused(stamp)
         self.reporter.held.arrived(stamp, job)
         fate = self.world.rng.random()
         if fate < 0.02 or headers.get("affinity_revoked"):
             self._doomed.setdefault(stamp.entry, ("settle", "revoked"))
-        elif fate < 0.03:
-            self._doomed.setdefault(stamp.entry, ("bury", "unknown task"))
+        elif fate < 0.03 and stamp.entry not in self._usable:
+            self._doomed.setdefault(stamp.entry, ("bury", "unusable"))
         elif self.world.chance(0.3) and any(p.job and p.job.stamp and p.job.stamp.entry == stamp.entry for p in self.procs):
             self._doomed.setdefault(stamp.entry, ("settle", "revoked while a copy runs"))
         verdict, reason = self._doomed.get(stamp.entry, ("", ""))
+        if not verdict and fate > 0.99:
+            verdict, reason = "bury", "it could not be taken this time"
+        self._usable.add(stamp.entry)
         # What is revoked too late goes on: its gate knows whether it has run.
-        if verdict and (self.reporter.discard(stamp, verdict, reason) or verdict != "settle"):
+        discarded = bool(verdict) and self.reporter.discard(stamp, verdict, reason)
+        if discarded or verdict == "bury":
             self.reporter.held.ended(stamp)
+            if not discarded:
+                self.reporter.held.may_run(stamp)
         else:
             job.announced = job.announced or not stamp.resent
             self.buffers.setdefault(0 if self.threads else stamp.slot, []).append(job)

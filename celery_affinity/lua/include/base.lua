@@ -59,7 +59,8 @@
 --                              ordinary task ("-": owed);  owed: list of such tokens;
 --                              out: list, dispatched, to be published on another broker (relay.py);
 --                              lacks: set, names of tasks that it turned out not to know
---   s:<inc>:<slot>     hash    the slot's lease and the answer to its last settle
+--   s:<inc>:<slot>     hash    the slot's lease and the answer to its last settle; discarded: the last
+--                              entry that ended there unstarted, its epoch, and what was answered
 local P = KEYS[1]
 local TIME = redis.call('TIME')
 local NOW_US = TIME[1] * 1000000 + TIME[2]
