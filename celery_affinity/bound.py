@@ -43,11 +43,13 @@ class Bound:
 
     @cached_property
     def _ledger(self) -> Ledger:
-        return Ledger(connect(self.redis_url), Keys(self.settings.namespace), self.delivery)
+        keys = Keys(self.settings.namespace)
+        return Ledger(connect(self.redis_url, keys.prefix), keys, self.delivery)
 
     @cached_property
     def _scripts(self) -> OperatorScripts:
-        return OperatorScripts(connect(self.redis_url), Keys(self.settings.namespace))
+        keys = Keys(self.settings.namespace)
+        return OperatorScripts(connect(self.redis_url, keys.prefix), keys)
 
     def _declared(self, queue: str) -> AffinityQueue:
         found = self.settings.queue(queue)

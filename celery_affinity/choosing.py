@@ -55,11 +55,12 @@ def choose_delivery(app: Any, settings: AffinitySettings) -> Delivery:
     """
     url = ledger_url(app, settings)
     kind = _kind(app)
+    keys = Keys(settings.namespace)
     names = RedisNames.from_transport_options(app.conf.broker_transport_options or {})
     broker: Broker
     if kind == "redis":
         brokers = _redis_broker_url(app)
-        if _is_same(brokers, url):
+        if _is_same(brokers, url, keys.prefix):
             return SameRedisDelivery(names)
         broker = RedisBroker(lambda: connect(brokers), names)
     else:
@@ -69,7 +70,7 @@ def choose_delivery(app: Any, settings: AffinitySettings) -> Delivery:
             settings.leader_ttl,
             max(60.0, 6 * settings.heartbeat_timeout),
         )
-    return CarriedDelivery(broker, Keys(settings.namespace))
+    return CarriedDelivery(broker, keys)
 
 
 def _kind(app: Any) -> str:
@@ -82,11 +83,11 @@ def _redis_broker_url(app: Any) -> str:
     return address.ledger_url(url, conf.broker_use_ssl, conf.broker_transport_options)
 
 
-def _is_same(broker: str, ledger: str) -> bool:
+def _is_same(broker: str, ledger: str, prefix: str) -> bool:
     if address.same_server(broker, ledger):
         return True
     try:
-        return same_database(_client(broker), _client(ledger))
+        return same_database(_client(broker), _client(ledger, prefix))
     except RedisError as error:
         # Carried is right in both cases, and only slower if they are one after all.
         logger.warning(
@@ -97,8 +98,8 @@ def _is_same(broker: str, ledger: str) -> bool:
         return False
 
 
-def _client(url: str) -> Redis:
-    return connect(url, socket_timeout=3.0)
+def _client(url: str, prefix: str | None = None) -> Redis:
+    return connect(url, prefix, socket_timeout=3.0)
 
 
 def _opener(app: Any) -> Callable[..., Any]:

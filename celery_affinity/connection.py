@@ -77,11 +77,13 @@ class _ManagedTlsConnection(_Reconnecting, SentinelManagedSSLConnection):
     pass
 
 
-def connect(url: str, *, socket_timeout: float = 10.0) -> Redis:
-    """A client of its own for the ledger. Does no I/O.
+def connect(url: str, prefix: str | None = None, *, socket_timeout: float = 10.0) -> Redis:
+    """A client of its own for the ledger, or for a broker. Does no I/O.
 
     Arguments:
         url: See address.py.
+        prefix: What the keys begin with that are asked for (`Keys.prefix`): of a cluster the client
+            is connected to the master that owns their slot. A broker needs none.
         socket_timeout: Seconds after which an unanswered command fails and is sent again; the
             scripts answer a repeat as they did the first time.
 

@@ -32,7 +32,8 @@ CLOCK_SECONDS = 1.0
 
 def examine(bound: Bound) -> list[Finding]:
     """All findings, in the order in which one would mend them."""
-    client = connect(bound.redis_url, socket_timeout=3.0)
+    keys = Keys(bound.settings.namespace)
+    client = connect(bound.redis_url, keys.prefix, socket_timeout=3.0)
     findings = [_versions()]
     try:
         info = client.info()
@@ -43,7 +44,7 @@ def examine(bound: Bound) -> list[Finding]:
     examinations: list[Callable[[], Iterable[Finding]]] = [
         lambda: _server(client, info),
         lambda: _clock(client),
-        lambda: _ledger(client, Keys(bound.settings.namespace)),
+        lambda: _ledger(client, keys),
         lambda: _settings(bound),
         lambda: _workers(bound),
         lambda: _strangers(bound),

@@ -59,7 +59,8 @@ def collector_of(
     Raises:
         ConfigurationError: If prometheus-client is missing.
     """
-    keys, client = Keys(affinity.settings.namespace), connect(affinity.redis_url)
+    keys = Keys(affinity.settings.namespace)
+    client = connect(affinity.redis_url, keys.prefix)
     measures = Measures(client, keys, Ledger(client, keys, affinity.delivery))
 
     def read(top: int) -> list[QueueMeasures]:

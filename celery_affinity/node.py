@@ -113,15 +113,17 @@ class Node:
 
     def _scripts(self, single_threaded: bool = False) -> Scripts:
         keys = Keys(self._settings.namespace)
-        return Scripts(connect(self._url), keys, single_threaded=single_threaded)
+        client = connect(self._url, keys.prefix)
+        return Scripts(client, keys, single_threaded=single_threaded)
 
     def _make_relay(self) -> Relay | None:
         broker = self._delivery.broker
         if broker is None:
             return None
+        keys = Keys(self._settings.namespace)
         return Relay(
-            connect(self._url),
-            Keys(self._settings.namespace).outbox(self.incarnation),
+            connect(self._url, keys.prefix),
+            keys.outbox(self.incarnation),
             broker.outlet,
             self._queue_abroad,
             self.reporter.held,

@@ -96,7 +96,8 @@ class AffinityBeat:
         settings, node = affinity.settings, f"beat@{gethostname()}"
         self._namespace, self._main = settings.namespace, str(self.app.main or "")
         self._state = Keys.beat_state(self._main)
-        client, keys = connect(affinity.redis_url), Keys(settings.namespace)
+        keys = Keys(settings.namespace)
+        client = connect(affinity.redis_url, keys.prefix)
         scripts = Scripts(client, keys)
         self._elector = Elector(scripts, self._state, candidate_name(node), settings.leader_ttl)
         self._vacancy: Doorbell | None = Doorbell(client, [keys.queue(self._state, "vacant")])
@@ -197,7 +198,8 @@ class AffinityBeat:
         if term is not None:
             try:
                 # Not over the connections that the interrupted code may be using.
-                scripts = Scripts(connect(self._affinity.redis_url), Keys(self._namespace))
+                keys = Keys(self._namespace)
+                scripts = Scripts(connect(self._affinity.redis_url, keys.prefix), keys)
                 scripts.resign(self._state, fence)
             except RedisError:
                 pass  # it cannot be told: the term ends by itself

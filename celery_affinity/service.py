@@ -77,8 +77,9 @@ class SchedulerService:
         self._running.clear()
 
     def _scheduler(self, queue: AffinityQueue) -> Scheduler:
-        client = connect(self._url)
-        scripts = Scripts(client, Keys(self._settings.namespace))
+        keys = Keys(self._settings.namespace)
+        client = connect(self._url, keys.prefix)
+        scripts = Scripts(client, keys)
         pending = self._delivery.pending_lists(queue)
         doorbells: Callable[[list[str]], Doorbell] = lambda lists: Doorbell(client, lists)  # noqa: E731
         return Scheduler(
@@ -97,5 +98,6 @@ class SchedulerService:
         broker = self._delivery.broker
         if broker is None:
             return None
-        scripts = Scripts(connect(self._url), Keys(self._settings.namespace))
+        keys = Keys(self._settings.namespace)
+        scripts = Scripts(connect(self._url, keys.prefix), keys)
         return Carrier(scripts, queue.state, queue.name, partial(broker.source, queue.pending))
