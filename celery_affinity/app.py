@@ -29,9 +29,10 @@ from celery_affinity.node import Node
 from celery_affinity.operations import Operations
 from celery_affinity.options import add_role_option
 from celery_affinity.remote_control import refuse_in_replies, steer
+from celery_affinity.resolving import resolve
 from celery_affinity.revoking import note_revokes
 from celery_affinity.service import SchedulerService
-from celery_affinity.settings import AffinityQueue, AffinitySettings, resolve
+from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.tagging import derive_tag
 from celery_affinity.task import TagFrom, declare, pending_queue
 

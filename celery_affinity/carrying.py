@@ -14,7 +14,11 @@ Crash windows:
   (test_a_message_that_is_redelivered_after_it_was_settled_is_not_admitted_again).
 - carry.lua's reply is lost: the repeat has the same token and gets the same answer.
 - a superseded leader: carry.lua compares the term and changes nothing
-  (test_two_leaders_at_once_carry_each_message_once).
+  (test_two_leaders_at_once_carry_each_message_once). Of a queue with several shards it is the first
+  one's leader that carries, into all of them; the others hear of its term before it takes anything
+  (test_a_superseded_carrier_puts_nothing_into_any_shard).
+- between two shards' inboxes: nothing is done yet, so all comes again, and each shard knows its own
+  (test_a_carrier_that_dies_between_two_shards_loses_and_doubles_nothing).
 - give_back: between publish and removal the message is given back twice: plain Celery's delivery is
   at least once (test_what_is_evacuated_goes_back_to_the_broker_in_order).
 """
@@ -24,17 +28,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from celery_affinity.broker import Source, Taken
 from celery_affinity.connection import Reachability
+from celery_affinity.exceptions import ConfigurationError, ShardsError
 from celery_affinity.scripts import Scripts
 
-__all__ = ("Carrier", "give_back")
+__all__ = ("Carrier", "Spread", "give_back")
 
 logger = logging.getLogger(__name__)
 
@@ -52,20 +57,38 @@ RETRY_SECONDS = 0.5
 SWEEP_SECONDS = 5.0
 
 
+class Spread(NamedTuple):
+    """How a queue is spread over several shards."""
+
+    #: Ledger and state name of each but the first.
+    others: Sequence[tuple[Scripts, str]]
+    #: Says into which shard a message belongs; 0 is the first one.
+    route: Callable[[bytes], int]
+
+
 class Carrier:
     """Carries one affinity queue's messages while its process leads; a thread for each term.
 
     Arguments:
         connect: Opens the broker's side.
+        spread: The queue's further shards, if it has some.
 
-    Does not: read messages; that is intake's.
+    Does not: read messages, but for their tag where there are shards; that is intake's.
     """
 
     def __init__(
-        self, scripts: Scripts, state: str, name: str, connect: Callable[[], Source]
+        self,
+        scripts: Scripts,
+        state: str,
+        name: str,
+        connect: Callable[[], Source],
+        spread: Spread | None = None,
     ) -> None:
         self._scripts = scripts
         self._state = state
+        self._name = name
+        self._shards = [(scripts, state), *(spread.others if spread else ())]
+        self._spread = spread
         self._connect = connect
         self._over = threading.Event()
         self._reachability = Reachability(logger, f"tasks of {name!r}", "The broker")
@@ -96,7 +119,9 @@ class Carrier:
                     source = _closed(source)
                     over.wait(1.0)
                     continue
-                source = source or self._connect()
+                if source is None:
+                    self._announce(fence)
+                    source = self._connect()
                 if time.monotonic() - swept >= SWEEP_SECONDS:
                     sweep(self._scripts, self._state, source)
                     swept = time.monotonic()
@@ -106,20 +131,29 @@ class Carrier:
                     self._carry(fence, source, taken, over)
             except _Stopped:
                 source = _closed(source)
+            except _Over:
+                over.set()
             except Exception as error:
                 source = _closed(source)
                 self._note(error)
                 over.wait(RETRY_SECONDS)
         _closed(source)
 
+    def _announce(self, fence: str) -> None:
+        """Have all shards know that what an earlier term's carrier still sends is late."""
+        for shard in range(1, len(self._shards)):
+            if self._put(shard, fence, [])[0] == -1:
+                raise _Over
+
     def _carry(self, fence: str, source: Source, taken: list[Taken], over: threading.Event) -> None:
-        carried, waiting = self._scripts.carry(
-            self._state, uuid4().hex, fence, taken, int(TOMBSTONE_SECONDS * 1000), TOMBSTONES
-        )
-        if carried == -1:
-            over.set()
-        if carried < 0:
-            raise _Stopped
+        carried = waiting = 0
+        for shard, part in self._routed(taken).items():
+            done, length = self._put(shard, fence, part)
+            if done == -1:
+                raise _Over
+            if done == -2:
+                raise _Stopped
+            carried, waiting = carried + done, max(waiting, length)
         source.done(taken)
         if carried < len(taken):
             logger.info(
@@ -130,7 +164,32 @@ class Carrier:
             )
         self._full = False
         while waiting > ENOUGH and not over.wait(0.05):
-            waiting = self._scripts.inbox_length(self._state)
+            waiting = max(scripts.inbox_length(state) for scripts, state in self._shards)
+
+    def _routed(self, taken: list[Taken]) -> dict[int, list[Taken]]:
+        if self._spread is None:
+            return {0: taken}
+        found: dict[int, list[Taken]] = {}
+        for one in taken:
+            found.setdefault(self._spread.route(one.raw), []).append(one)
+        return found
+
+    def _put(self, shard: int, fence: str, taken: list[Taken]) -> tuple[int, int]:
+        """Into one shard's inbox. Returns (carried, its length) as carry.lua does."""
+        scripts, state = self._shards[shard]
+        term = fence.rpartition(" ")[2]
+        answer = scripts.carry(
+            state,
+            uuid4().hex,
+            term if shard else fence,
+            taken,
+            int(TOMBSTONE_SECONDS * 1000),
+            TOMBSTONES,
+            len(self._shards),
+        )
+        if answer[0] == -3:
+            raise ShardsError(self._name, answer[1], len(self._shards))
+        return answer
 
     def _note(self, error: Exception) -> None:
         if isinstance(error, OutOfMemoryError):
@@ -141,7 +200,7 @@ class Carrier:
                     extra={"action": "memory_full", "queue": self._state},
                 )
             self._full = True
-        elif isinstance(error, (OSError, RedisError)) or _is_of_a_client(error):
+        elif isinstance(error, (OSError, RedisError, ConfigurationError)) or _is_of_a_client(error):
             self._reachability.unanswered(error)
         else:
             logger.exception(
@@ -152,7 +211,11 @@ class Carrier:
 
 
 class _Stopped(Exception):
-    """The term is over, or the queue is evacuated."""
+    """The queue is evacuated."""
+
+
+class _Over(Exception):
+    """The term is over."""
 
 
 def _is_of_a_client(error: Exception) -> bool:

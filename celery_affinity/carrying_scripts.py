@@ -22,14 +22,15 @@ class CarryingScripts(ScriptCalls):
         taken: Sequence[Taken],
         kept_ms: int,
         most: int,
+        shards: int = 1,
     ) -> tuple[int, int]:
         """Returns (carried, length of the inbox); carried is -1 if not the leader, -2 if the
-        queue is evacuated; see carry.lua.
+        queue is evacuated, -3 if it has so many shards as the second number says; see carry.lua.
         """
         words = [
             word for one in taken for word in (one.identity, "again" if one.again else "", one.raw)
         ]
-        answer = self._call("carry", state, token, fence, kept_ms, most, *words)
+        answer = self._call("carry", state, token, fence, shards, kept_ms, most, *words)
         return int(answer[0]), int(answer[1]) if len(answer) > 1 else 0
 
     def inbox_length(self, state: str) -> int:

@@ -60,7 +60,8 @@ def choose_delivery(app: Any, settings: AffinitySettings) -> Delivery:
     broker: Broker
     if kind == "redis":
         brokers = _redis_broker_url(app)
-        if _is_same(brokers, url, keys.prefix):
+        # Into which of several shards a message belongs a carrier has to say.
+        if settings.shards == 1 and _is_same(brokers, url, keys.prefix):
             return SameRedisDelivery(names)
         broker = RedisBroker(lambda: connect(brokers), names)
     else:

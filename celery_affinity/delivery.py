@@ -33,11 +33,11 @@ class Delivery(Protocol):
         """Where an evacuation puts messages: the pending list for those without a priority."""
         ...
 
-    def worker_list(self, worker_queue: str, incarnation: str) -> str:
+    def worker_list(self, worker_queue: str, incarnation: str, shard: int = 0) -> str:
         """Where the ledger puts a dispatched message."""
         ...
 
-    def leftovers(self, worker_queue: str, incarnation: str) -> list[str]:
+    def leftovers(self, worker_queue: str, incarnation: str, shard: int = 0) -> list[str]:
         """Keys of the ledger's Redis to delete when its worker is gone."""
         ...
 
@@ -62,11 +62,11 @@ class SameRedisDelivery:
         """The pending queue's list for messages without a priority."""
         return self._names.main_list(queue.pending)
 
-    def worker_list(self, worker_queue: str, incarnation: str) -> str:
+    def worker_list(self, worker_queue: str, incarnation: str, shard: int = 0) -> str:
         """The worker queue's main list."""
         return self._names.main_list(worker_queue)
 
-    def leftovers(self, worker_queue: str, incarnation: str) -> list[str]:
+    def leftovers(self, worker_queue: str, incarnation: str, shard: int = 0) -> list[str]:
         """The worker queue's lists and binding tables."""
         return self._names.leftovers(worker_queue)
 
@@ -83,21 +83,27 @@ class CarriedDelivery:
         self._there = broker
         self._keys = keys
 
+    def _of(self, queue: AffinityQueue) -> Keys:
+        return self._keys_of(queue.shard)
+
+    def _keys_of(self, shard: int) -> Keys:
+        return Keys(self._keys.namespace, shard)
+
     def pending_lists(self, queue: AffinityQueue) -> list[str]:
         """The inbox. What is urgent was taken from the broker first."""
-        return [self._keys.inbox(queue.state)]
+        return [self._of(queue).inbox(queue.state)]
 
     def main_list(self, queue: AffinityQueue) -> str:
         """What an evacuation puts there is then given back to the broker (carrying.py)."""
-        return self._keys.back(queue.state)
+        return self._of(queue).back(queue.state)
 
-    def worker_list(self, worker_queue: str, incarnation: str) -> str:
+    def worker_list(self, worker_queue: str, incarnation: str, shard: int = 0) -> str:
         """The node's outbox, one for all its queues."""
-        return self._keys.outbox(incarnation)
+        return self._keys_of(shard).outbox(incarnation)
 
-    def leftovers(self, worker_queue: str, incarnation: str) -> list[str]:
+    def leftovers(self, worker_queue: str, incarnation: str, shard: int = 0) -> list[str]:
         """The node's outbox; the worker queue itself is deleted by the carrier."""
-        return [self._keys.outbox(incarnation)]
+        return [self._keys_of(shard).outbox(incarnation)]
 
     def worker_queue(self, name: str, before_declare: Callable[[], None] | None = None) -> Any:
         """A queue of the broker's own kind."""

@@ -5,6 +5,7 @@ AffinityError
         UndeclaredQueueError    a task names a queue that no AffinityQueue declares
         AmbiguousQueueError     several queues are declared, and none was named
         SchemaVersionError      the ledger was written by an incompatible version
+        ShardsError             a queue's shards were changed while tasks wait
     OperationError          an operator asked for what cannot be done now
         NoSuchWorkerError       a name fits no registered worker, or several
     TagError                a task without a usable tag (also a ValueError)
@@ -30,6 +31,7 @@ __all__ = (
     "OperationError",
     "OwnTagWaitError",
     "SchemaVersionError",
+    "ShardsError",
     "TagError",
     "UndeclaredQueueError",
 )
@@ -93,6 +95,17 @@ class SchemaVersionError(ConfigurationError):
             f"the ledger in Redis has schema version {found}, this celery_affinity works with "
             f"{expected} and must not touch it. Run the version that wrote it until the queue is "
             f"empty, then upgrade all nodes, or give this app a `namespace` of its own."
+        )
+
+
+class ShardsError(ConfigurationError):
+    """The ledger has what waits spread over another number of shards than the queue is set to."""
+
+    def __init__(self, queue: str, found: int, expected: int) -> None:
+        super().__init__(
+            f"queue {queue!r} is set to shards={expected}, but the ledger has it over {found}, and "
+            f"is not empty: its tags would be looked for elsewhere. Set shards={found} again, "
+            f"`celery affinity evacuate --queue {queue}`, then change it and `resume`"
         )
 
 

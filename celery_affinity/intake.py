@@ -41,8 +41,9 @@ from celery_affinity.message import (
     tag_text,
 )
 from celery_affinity.scripts import Scripts
+from celery_affinity.sharding import shard_of
 
-__all__ = ("Intake", "TagOf", "no_tag")
+__all__ = ("Intake", "TagOf", "no_tag", "shard_in")
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class Intake:
             _check_usable(message)
             if self._is_stray(Stamp.parse(message["headers"].get(STAMP_HEADER))):
                 return ("drop",)
-            tag = self._tag(message)
+            tag = tag_in(message, self._tag_of, self._spread)
             eta = due_ms(message["headers"].get("eta"))
             kept = normalised(message, tag).encode()
         except Exception as error:
@@ -155,16 +156,35 @@ class Intake:
             and int(stamp.entry) <= self._scripts.last_entry(self._state)
         )
 
-    def _tag(self, message: Mapping[str, Any]) -> str:
-        for place in (message["headers"], message["properties"]):
-            if place.get(TAG_HEADER) is not None:
-                return tag_text(place[TAG_HEADER])
-        try:
-            return tag_text(self._tag_of(message))
-        except MissingTagError:
-            if not self._spread:
-                raise
-            return spread_tag(message["headers"]["id"])
+
+
+def tag_in(message: Mapping[str, Any], tag_of: TagOf, spread: bool) -> str:
+    """The tag of a message.
+
+    Raises:
+        TagError: If it has none, or what it has is not one.
+    """
+    for place in (message["headers"], message["properties"]):
+        if place.get(TAG_HEADER) is not None:
+            return tag_text(place[TAG_HEADER])
+    try:
+        return tag_text(tag_of(message))
+    except MissingTagError:
+        if not spread:
+            raise
+        return spread_tag(message["headers"]["id"])
+
+
+def shard_in(raw: bytes, tag_of: TagOf, spread: bool, shards: int) -> int:
+    """The shard that a message belongs to; of one without a tag, which intake buries, the first.
+
+    Looks at nothing but the tag: a message that only seems unusable must not come to another shard
+    than the rest of its tag.
+    """
+    try:
+        return shard_of(tag_in(json.loads(raw), tag_of, spread), shards)
+    except Exception:
+        return 0
 
 
 def _check_usable(message: Any) -> None:

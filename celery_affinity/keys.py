@@ -9,14 +9,16 @@ __all__ = ("Keys",)
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys of one namespace. All of them share one hash slot."""
+    """Keys of one namespace, or of one shard of it. All of them share one hash slot."""
 
     namespace: str
+    shard: int = 0
 
     @property
     def prefix(self) -> str:
         """What every key begins with; the only key that scripts are given."""
-        return "{affinity:" + self.namespace + "}:"
+        shard = f"#{self.shard}" if self.shard else ""
+        return "{affinity:" + self.namespace + shard + "}:"
 
     @property
     def workers(self) -> str:

@@ -37,6 +37,16 @@ class LeaderScripts(ScriptCalls):
         pairs = [part for item in (*limits.items(), *own.items()) for part in item]
         return int(self._call("configure", state, fence, len(limits), *pairs))
 
+    def shards(self, state: str) -> int | None:
+        """Over how many shards the ledger has the queue; None before its first term. Reads only."""
+        found: Any = self.client.hget(self.keys.queue(state, "conf"), "shards")
+        return None if found is None else int(found)
+
+    def is_empty(self, state: str) -> bool:
+        """Whether a queue, or a shard of it, has nothing that waits or runs. Reads only."""
+        key = self.keys.queue
+        return not self.client.exists(key(state, "m"), self.keys.inbox(state))
+
     # What the leader does
 
     def admit(

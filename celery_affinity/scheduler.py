@@ -22,7 +22,7 @@ from celery_affinity.burials import Burials
 from celery_affinity.carrying import Carrier
 from celery_affinity.connection import Reachability, check_failover, check_server
 from celery_affinity.doorbell import Doorbell
-from celery_affinity.exceptions import ConfigurationError
+from celery_affinity.exceptions import ConfigurationError, ShardsError
 from celery_affinity.intake import Intake
 from celery_affinity.leadership import Elector
 from celery_affinity.rescuer import Rescuer
@@ -61,6 +61,7 @@ class Scheduler:
         doorbells: Callable[[list[str]], Doorbell],
         pending: list[str],
         carrier: Carrier | None = None,
+        check_shards: Callable[[], None] = lambda: None,
     ) -> None:
         self._scripts = scripts
         self._queue = queue
@@ -69,6 +70,7 @@ class Scheduler:
         self._rescuer = rescuer
         self._burials = burials
         self._carrier = carrier
+        self._check_shards = check_shards
         self._pending = pending[0]
         self._stopping = threading.Event()
         keys = scripts.keys
@@ -137,11 +139,15 @@ class Scheduler:
             extra={"action": "elected", "queue": self._queue.name, "term": self._elector.term},
         )
         queue, fence = self._queue, self._elector.fence
-        if self._scripts.configure(queue.state, fence, queue.limits, queue.own_concurrencies) == -1:
+        self._check_shards()
+        answer = self._scripts.configure(queue.state, fence, queue.limits, queue.own_concurrencies)
+        if answer == -2:
+            raise ShardsError(queue.name, self._scripts.shards(queue.state) or 1, queue.shards)
+        if answer == -1:
             return self._elector.concede()
         if self._carrier is not None:
             self._carrier.begin(fence)
-        elif self._scripts.bring_home(queue.state, fence, self._pending) == -1:
+        elif self._bring_home(fence) == -1:
             return self._elector.concede()
         rescue_at = 0.0
         while self._elector.leading and not self._stopping.is_set():
@@ -170,6 +176,12 @@ class Scheduler:
                 extra={"action": "conceded", "queue": queue.name},
             )
             self._elector.concede()
+
+    def _bring_home(self, fence: str) -> int:
+        queue, pending = self._queue.state, self._pending
+        if pending == self._scripts.keys.inbox(queue):
+            return 0  # the first shard's carrier fills it
+        return self._scripts.bring_home(queue, fence, pending)
 
     def _ends_with_its_server(self) -> bool:
         """Whether another server answers now: this term is of the one before.

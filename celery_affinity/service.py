@@ -1,4 +1,4 @@
-"""The schedulers of an app's affinity queues, each in a thread of its own."""
+"""The schedulers of an app's affinity queues, one for each shard, each in a thread of its own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable
 from functools import partial
 
 from celery_affinity.burials import Burials, Tell
-from celery_affinity.carrying import Carrier
+from celery_affinity.carrying import Carrier, Spread
 from celery_affinity.connection import connect
 from celery_affinity.delivery import Delivery
 from celery_affinity.doorbell import Doorbell
-from celery_affinity.intake import Intake, TagOf
+from celery_affinity.exceptions import ShardsError
+from celery_affinity.intake import Intake, TagOf, shard_in
 from celery_affinity.keys import Keys
 from celery_affinity.leadership import Elector, candidate_name
 from celery_affinity.rescuer import Rescuer
@@ -49,16 +50,17 @@ class SchedulerService:
 
     @property
     def led_queues(self) -> list[str]:
-        """Names of the queues whose term is held."""
-        running = zip(self._settings.queues, list(self._running), strict=False)
-        return [queue.name for queue, (scheduler, _) in running if scheduler.leading]
+        """Names of the queues of which a term is held."""
+        running = zip(self._settings.parts, list(self._running), strict=False)
+        names = [part.name for part, (scheduler, _) in running if scheduler.leading]
+        return list(dict.fromkeys(names))
 
     def start(self) -> None:
-        """Start a scheduler for each queue. Does not wait for Redis."""
-        for queue in self._settings.queues:
-            scheduler = self._scheduler(queue)
+        """Start a scheduler for each shard of each queue. Does not wait for Redis."""
+        for part in self._settings.parts:
+            scheduler = self._scheduler(part)
             thread = threading.Thread(
-                target=scheduler.run, name=f"affinity-scheduler-{queue.name}", daemon=True
+                target=scheduler.run, name=f"affinity-scheduler-{part.state}", daemon=True
             )
             self._running.append((scheduler, thread))
             thread.start()
@@ -76,10 +78,13 @@ class SchedulerService:
             thread.join(seconds)
         self._running.clear()
 
+    def _scripts(self, shard: int) -> Scripts:
+        keys = Keys(self._settings.namespace, shard)
+        return Scripts(connect(self._url, keys.prefix), keys)
+
     def _scheduler(self, queue: AffinityQueue) -> Scheduler:
-        keys = Keys(self._settings.namespace)
-        client = connect(self._url, keys.prefix)
-        scripts = Scripts(client, keys)
+        scripts = self._scripts(queue.shard)
+        client = scripts.client
         pending = self._delivery.pending_lists(queue)
         doorbells: Callable[[list[str]], Doorbell] = lambda lists: Doorbell(client, lists)  # noqa: E731
         return Scheduler(
@@ -91,13 +96,29 @@ class SchedulerService:
             Burials(scripts, queue.state, self._tell_buried),
             doorbells,
             pending,
-            self._carrier(queue),
+            None if queue.shard else self._carrier(queue),
+            partial(self._check_shards, scripts, queue),
         )
+
+    def _check_shards(self, scripts: Scripts, queue: AffinityQueue) -> None:
+        """Refuse another number of shards than before, unless all of them are empty."""
+        before = None if queue.shard else scripts.shards(queue.state)
+        if before in (None, queue.shards):
+            return
+        for part in queue.model_copy(update={"shards": max(before, queue.shards)}).parts:
+            if not self._scripts(part.shard).is_empty(part.state):
+                raise ShardsError(queue.name, before, queue.shards)
 
     def _carrier(self, queue: AffinityQueue) -> Carrier | None:
         broker = self._delivery.broker
         if broker is None:
             return None
-        keys = Keys(self._settings.namespace)
-        scripts = Scripts(connect(self._url, keys.prefix), keys)
-        return Carrier(scripts, queue.state, queue.name, partial(broker.source, queue.pending))
+        source = partial(broker.source, queue.pending)
+        return Carrier(self._scripts(0), queue.state, queue.name, source, self._spread(queue))
+
+    def _spread(self, queue: AffinityQueue) -> Spread | None:
+        if queue.shards == 1:
+            return None
+        others = [(self._scripts(part.shard), part.state) for part in queue.parts[1:]]
+        spread, shards = queue.untagged == "spread", queue.shards
+        return Spread(others, lambda raw: shard_in(raw, self._tag_of, spread, shards))

@@ -1,25 +1,37 @@
-"""Settings: frozen, validated, each with the place it came from."""
+"""Settings: frozen and validated."""
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from celery_affinity.exceptions import ConfigurationError
 from celery_affinity.types import Role
 
-__all__ = ("AffinityQueue", "AffinitySettings", "resolve")
+__all__ = ("AffinityQueue", "AffinitySettings", "explain_problems")
 
 #: A name must survive in Redis keys, in AMQP (255 bytes) and inside a JSON string as it is.
 _BAD_IN_NAME = re.compile(r'[\x00-\x1f\x7f"\\]')
 
 #: How long a retry may hold its tag with ``ordered_retries=True``.
 ORDERED_RETRY_SECONDS = 300.0
+
+#: Most parts that one queue may have.
+MAX_SHARDS = 64
+#: Numbers of entries that one part has for itself: they are unique over all parts.
+ENTRIES_A_SHARD = 10**12
 
 Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -36,12 +48,13 @@ def _check_name(value: str | None) -> str | None:
     return value
 
 
-def _explain(
+def explain_problems(
     model: type[BaseModel],
     what: str,
     error: ValidationError,
     origins: Mapping[str, str] | None = None,
 ) -> str:
+    """What pydantic found, in sentences: what was found, what was expected, where it is from."""
     lines = []
     origins = origins or {}
     for problem in error.errors():
@@ -122,13 +135,17 @@ class AffinityQueue(BaseModel):
     worker_queue_prefix: str | None = None
     #: Name of this queue's part of the ledger; default: the queue's name.
     state_prefix: str | None = None
+    #: Over how many parts, each in a hash slot of its own, the tags of this queue are spread. More
+    #: than one is for a Redis Cluster whose one master does not suffice.
+    shards: Annotated[int, Field(strict=True, ge=1, le=MAX_SHARDS)] = 1
+    _shard: int = PrivateAttr(default=0)
 
     def __init__(self, name: str, **settings: Any) -> None:
         try:
             super().__init__(name=name, **settings)
         except ValidationError as error:
             raise ConfigurationError(
-                _explain(AffinityQueue, f"AffinityQueue({name!r})", error)
+                explain_problems(AffinityQueue, f"AffinityQueue({name!r})", error)
             ) from None
 
     @model_validator(mode="after")
@@ -151,8 +168,22 @@ class AffinityQueue(BaseModel):
 
     @property
     def state(self) -> str:
-        """The name under which the ledger keeps this queue."""
-        return self.state_prefix or self.name
+        """The name under which the ledger keeps this queue, or this part of it."""
+        name = self.state_prefix or self.name
+        return f"{name}#{self._shard}" if self._shard else name
+
+    @property
+    def shard(self) -> int:
+        """Which part of the queue this is; the first one is 0."""
+        return self._shard
+
+    @property
+    def parts(self) -> tuple[AffinityQueue, ...]:
+        """The same queue once for each of its shards; only `state` and `shard` differ."""
+        found = [self.model_copy() for _ in range(self.shards)]
+        for shard, part in enumerate(found):
+            part._shard = shard
+        return tuple(found)
 
     @property
     def default_concurrency(self) -> int:
@@ -165,6 +196,8 @@ class AffinityQueue(BaseModel):
     def limits(self) -> dict[str, int]:
         """What the ledger's scripts go by."""
         return {
+            "shards": self.shards,
+            "first_entry": self._shard * ENTRIES_A_SHARD,
             "max_batch_size": self.max_batch_size,
             "batch_ms": int((self.max_batch_seconds or 0) * 1000),
             "tag_concurrency": self.default_concurrency,
@@ -222,6 +255,8 @@ class AffinitySettings(BaseModel):
         _check_name(value)
         if "{" in value or "}" in value:
             raise ValueError(f"{value!r} must not contain braces: they would change the hash slot")
+        if re.search(r"#\d+$", value):
+            raise ValueError(f"{value!r} must not end with # and a number: so shards are named")
         return value
 
     @model_validator(mode="after")
@@ -239,6 +274,12 @@ class AffinitySettings(BaseModel):
                 raise ValueError(
                     f"two affinity queues share the {label} {twice[0]!r}: give each its own"
                 )
+        states = [part.state for queue in self.queues for part in queue.parts]
+        if twice := sorted({state for state in states if states.count(state) > 1}):
+            raise ValueError(
+                f"two affinity queues, or shards of them, share the state name {twice[0]!r}: "
+                "rename one of them"
+            )
         for queue in self.queues:
             if queue.scheduler_interval > self.leader_ttl:
                 raise ValueError(
@@ -252,95 +293,16 @@ class AffinitySettings(BaseModel):
         return next((queue for queue in self.queues if queue.name == name), None)
 
     @property
+    def parts(self) -> list[AffinityQueue]:
+        """All shards of all queues."""
+        return [part for queue in self.queues for part in queue.parts]
+
+    @property
+    def shards(self) -> int:
+        """How many ledgers the queues are spread over: the most shards that one of them has."""
+        return max((queue.shards for queue in self.queues), default=1)
+
+    @property
     def queue_names(self) -> list[str]:
         """Names of the declared queues."""
         return [queue.name for queue in self.queues]
-
-
-def _refuse_typos(environ: Mapping[str, str]) -> None:
-    """Other programs may use AFFINITY_ names; one that is nearly a setting's is a mistake."""
-    known = [f"AFFINITY_{name.upper()}" for name in AffinitySettings.model_fields]
-    for name in environ:
-        if not name.startswith("AFFINITY_") or name in known:
-            continue
-        if near := get_close_matches(name, known, n=1, cutoff=0.85):
-            raise ConfigurationError(
-                f"the environment has {name}, which is no setting of celery_affinity; "
-                f"did you mean {near[0]}?"
-            )
-
-
-def _refuse_queues(environ: Mapping[str, str]) -> None:
-    if "AFFINITY_QUEUES" in environ:
-        raise ConfigurationError(
-            "the environment has AFFINITY_QUEUES, but queues are declared by "
-            "Affinity(app, queues=[...]) or by affinity_queues in the app's settings: remove it"
-        )
-
-
-def _queues(value: Any, origin: str) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    found = []
-    for name, options in value.items():
-        if not isinstance(name, str) or not isinstance(options, Mapping):
-            raise ConfigurationError(
-                f"{origin} cannot be used: found {name!r}: {options!r:.80}, expected a queue's "
-                f'name and its settings, such as {{"invoices": {{"max_batch_size": 10}}}}'
-            )
-        try:
-            found.append(AffinityQueue(name, **options))
-        except (ConfigurationError, TypeError) as error:
-            raise ConfigurationError(f"{origin}: {error}") from None
-    return tuple(found)
-
-
-def resolve(
-    conf: Mapping[str, Any],
-    arguments: Mapping[str, Any],
-    environ: Mapping[str, str] | None = None,
-    command_line: Mapping[str, Any] | None = None,
-    written: Mapping[str, str] | None = None,
-) -> tuple[AffinitySettings, dict[str, str]]:
-    """Merge the sources: command line over environment over arguments over ``app.conf``.
-
-    Arguments:
-        conf: The app's ``affinity_*`` settings, without the prefix.
-        arguments: What ``Affinity(app, ...)`` was given.
-        environ: Environment; ``AFFINITY_<NAME>`` sets ``<name>``.
-        command_line: What ``--affinity-<name>`` was given.
-        written: For settings of `conf`, where the user wrote them; ``app.conf.affinity_<name>``.
-
-    Returns:
-        The settings, and for each that is not a default where it came from.
-
-    Raises:
-        ConfigurationError: For unknown names, values out of range, contradictory times.
-    """
-    environ = os.environ if environ is None else environ
-    _refuse_typos(environ)
-    _refuse_queues(environ)
-    in_environment = {
-        name: environ[f"AFFINITY_{name.upper()}"]
-        for name in AffinitySettings.model_fields
-        if f"AFFINITY_{name.upper()}" in environ
-    }
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    sources: list[tuple[Mapping[str, Any], Callable[[str], str]]] = [
-        (conf, lambda name: (written or {}).get(name, f"app.conf.affinity_{name}")),
-        (arguments, lambda name: f"Affinity(...) {name}"),
-        (in_environment, lambda name: f"AFFINITY_{name.upper()}"),
-        (command_line or {}, lambda name: f"--affinity-{name.replace('_', '-')}"),
-    ]
-    for found, origin_of in sources:
-        for name, value in found.items():
-            values[name], origins[name] = value, origin_of(name)
-    if "queues" in values:
-        values["queues"] = _queues(values["queues"], origins["queues"])
-    try:
-        return AffinitySettings(**values), origins
-    except ValidationError as error:
-        raise ConfigurationError(
-            _explain(AffinitySettings, "the settings of celery_affinity", error, origins)
-        ) from None

@@ -1,17 +1,27 @@
 -- carry: put messages that were taken from another broker into the inbox, each of them once.
 --
 -- KEYS[1] namespace prefix
--- ARGV    queue, token of this request, fence, how long a tombstone is kept (ms), how many at most, then of
---         each message, oldest first: its identity, 'again' if the broker may have sent it before, else
---         '', and the message
--- Returns {-1} not the leader; {-2} the queue is evacuated; {carried, length of the inbox}
+-- ARGV    queue, token of this request, fence, how many shards the caller spreads the queue over, how long a
+--         tombstone is kept (ms), how many at most, then of each message, oldest first: its identity,
+--         'again' if the broker may have sent it before, else '', and the message
+-- Returns {-1} not the leader; {-2} the queue is evacuated; {-3, shards} the ledger has another number of
+--         shards; {carried, length of the inbox}
+-- The fence is the leader's. In a shard but the first, which has another leader, it is the term of the first
+-- one's, and the latest that was heard of here is the one in force: so each carrier calls here before it
+-- takes anything, without messages.
 -- Each gets a tombstone. One that may have come before and has a tombstone already was carried, and may
 -- have run since: it is not carried again. A repeat (lost reply) gets the same answer.
 -- The first write is one that a full memory refuses: then the messages stay with the broker.
 -- @include base
 -- @include fence
-local q, token, fence, kept_ms, most = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
-if not in_term(q, fence) then return {-1} end
+local q, token, fence, shards = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local kept_ms, most = tonumber(ARGV[5]), tonumber(ARGV[6])
+local term = tonumber(string.match(fence, '^%d+$'))
+local heard = term and tonumber(redis.call('HGET', queue_key(q, 'c'), 'carrier') or 0)
+if term and term < heard or not term and not in_term(q, fence) then return {-1} end
+local found = redis.call('HGET', queue_key(q, 'conf'), 'shards')
+if found and found ~= shards then return {-3, tonumber(found)} end
+if term and term > heard then redis.call('HSET', queue_key(q, 'c'), 'carrier', fence) end
 if conf(q).stopped then return {-2} end
 local inbox, carried, answer = queue_key(q, 'inbox'), queue_key(q, 'carried'), queue_key(q, 'answer')
 -- A leader asks for one thing at a time: only its last request can come again.
@@ -19,7 +29,7 @@ local last, before = string.match(redis.call('GET', answer) or '', '^(%S+) (%d+)
 if last == token then return {tonumber(before), redis.call('LLEN', inbox)} end
 
 local done = 0
-for k = 6, #ARGV, 3 do
+for k = 7, #ARGV, 3 do
   local until_ms = redis.call('ZSCORE', carried, ARGV[k])
   redis.call('ZADD', carried, text(NOW + kept_ms), ARGV[k])
   if ARGV[k + 1] == '' or not until_ms or tonumber(until_ms) <= NOW then

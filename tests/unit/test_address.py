@@ -12,7 +12,7 @@ from redis.sentinel import SentinelManagedConnection, SentinelManagedSSLConnecti
 from celery_affinity import Affinity, AffinityQueue, ConfigurationError
 from celery_affinity.address import Address, ledger_url, masked, same_server
 from celery_affinity.connection import connect
-from celery_affinity.settings import resolve
+from celery_affinity.resolving import resolve
 
 SENTINELS = "sentinel://:pw@one:1;sentinel://:pw@two:2"
 

@@ -6,7 +6,7 @@ import pytest
 
 from celery_affinity import AffinityQueue, ConfigurationError
 from celery_affinity.banner import banner
-from celery_affinity.settings import resolve
+from celery_affinity.resolving import resolve
 
 QUEUE = AffinityQueue("invoices")
 

@@ -4,7 +4,8 @@
 -- from it and share its hash slot; the text of a tag or a queue is never inside the braces.
 --
 --   q:<queue>:c        hash    counters: seq, epoch, term, admitted, settled, ...; born: the first
---                              term in this data set; wait:<ms>, wait:inf, wait:sum: how long sampled
+--                              term in this data set; carrier: the latest term of the first shard's
+--                              leader that was heard of in this one; wait:<ms>, wait:inf, wait:sum: how long sampled
 --                              entries waited (waits.lua)
 --   q:<queue>:conf     hash    max_batch_size, tag_concurrency, ... (written by the leader); evac: it
 --                              is stopped, paused: it dispatches nothing, revoked: some tasks are,
