@@ -15,19 +15,22 @@ from typing import Any
 from uuid import uuid4
 
 from amqp import Message
+from amqp.exceptions import NotFound
 from kombu import Queue
 
-from celery_affinity.broker import Taken, UnusableMessage
+from celery_affinity.broker import OutOfSight, Taken, UnusableMessage
 from celery_affinity.forks import close_in_children
 from celery_affinity.message import ROUTE_HEADER
 from celery_affinity.topology import WorkerQueue
 
-__all__ = ("AmqpBroker", "AmqpOutlet", "AmqpSource", "enveloped", "unwrapped")
+__all__ = ("AmqpBroker", "AmqpOutlet", "AmqpSight", "AmqpSource", "enveloped", "unwrapped")
 
 #: Messages that RabbitMQ hands out before it is told what is done.
 PREFETCH = 200
 #: Seconds for an answer of RabbitMQ, confirms too (while its memory alarm is on there are none).
 ANSWER_SECONDS = 10.0
+#: Seconds for an answer to somebody who only looks.
+LOOK_SECONDS = 2.0
 #: Headers with which RabbitMQ counts deliveries: they differ between copies of one message.
 COUNTERS = frozenset(("x-delivery-count", "x-acquired-count"))
 #: Properties that a message keeps on its way. (An expiration would be that of its way only.)
@@ -67,6 +70,10 @@ class AmqpBroker:
         """Connect to publish into worker queues."""
         return AmqpOutlet(_open(self._connect, 0))
 
+    def sight(self) -> AmqpSight:
+        """Connect to look at pending queues."""
+        return AmqpSight(_open(self._connect, 0, LOOK_SECONDS, LOOK_SECONDS))
+
     def worker_queue(self, name: str, before_declare: Callable[[], None] | None) -> Queue:
         """A queue that expires. Durable, as RabbitMQ 4 advises against queues that are not."""
         queue = WorkerQueue(
@@ -76,17 +83,26 @@ class AmqpBroker:
         return queue
 
 
-def _open(connect: Connect, heartbeat: int) -> Any:
+def _open(
+    connect: Connect,
+    heartbeat: int,
+    seconds: float = ANSWER_SECONDS,
+    connect_seconds: float | None = None,
+) -> Any:
+    """Connect; `connect_seconds` of None is what the app's settings say."""
     connection = connect(
         heartbeat=heartbeat,
+        connect_timeout=connect_seconds,
         transport_options={
             # Ours are counted for many messages at once.
             "confirm_publish": False,
-            "read_timeout": ANSWER_SECONDS,
-            "write_timeout": ANSWER_SECONDS,
+            "read_timeout": seconds,
+            "write_timeout": seconds,
         },
     )
-    connection.ensure_connection(max_retries=2, interval_start=0, interval_step=0.2)
+    connection.ensure_connection(
+        max_retries=2, interval_start=0, interval_step=0.2, timeout=connect_seconds
+    )
     close_in_children(connection.connection.sock)
     return connection
 
@@ -183,6 +199,37 @@ class AmqpOutlet:
         """Delete queues, whether they are there or not."""
         for name in worker_queues:
             self._publishing.channel.queue_delete(name)
+
+    def close(self) -> None:
+        """Hang up."""
+        _hang_up(self._connection)
+
+
+class AmqpSight:
+    """Counts what waits in queues."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def waiting(self, pending: str) -> int:
+        """Ask by a declaration that declares nothing."""
+        channel = None
+        try:
+            channel = self._connection.channel()
+            return int(channel.queue_declare(pending, passive=True).message_count)
+        except NotFound:
+            return 0  # which has closed the channel
+        except Exception:
+            # Hang up without a word: the broker may not answer one.
+            self._connection.connection.collect()
+            raise
+        finally:
+            if channel is not None and channel.is_open:
+                channel.close()
+
+    def find(self, pending: str, task_id: str) -> int | None:
+        """RabbitMQ has no way to read a message without taking it."""
+        raise OutOfSight("RabbitMQ shows nobody what waits in a queue")
 
     def close(self) -> None:
         """Hang up."""

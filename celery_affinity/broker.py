@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-__all__ = ("Broker", "Outlet", "Source", "Taken", "UnusableMessage")
+__all__ = ("Broker", "OutOfSight", "Outlet", "Sight", "Source", "Taken", "UnusableMessage")
 
 
 class UnusableMessage(Exception):
@@ -18,6 +18,10 @@ class UnusableMessage(Exception):
     def __init__(self, at: int, error: Exception) -> None:
         super().__init__(f"{type(error).__name__}: {error}"[:1000])
         self.at = at
+
+
+class OutOfSight(Exception):
+    """What waits on the broker cannot be seen; the text says why, for people."""
 
 
 class Taken(NamedTuple):
@@ -83,6 +87,30 @@ class Outlet(Protocol):
         ...
 
 
+class Sight(Protocol):
+    """A connection that looks at pending queues and changes nothing. One thread at a time.
+
+    Its answers take a few seconds at most. All methods but `close` raise whatever the broker's
+    client does; the caller closes it then.
+    """
+
+    def waiting(self, pending: str) -> int:
+        """Messages of a pending queue that are handed out to nobody; 0 if it is not there."""
+        ...
+
+    def find(self, pending: str, task_id: str) -> int | None:
+        """Place of a task's message in its list, the oldest being 1; None if it is not there.
+
+        Raises:
+            OutOfSight: If the broker shows nobody what waits.
+        """
+        ...
+
+    def close(self) -> None:
+        """Hang up. Does not raise."""
+        ...
+
+
 class Broker(Protocol):
     """Where producers publish and workers consume, if that is not the ledger's Redis."""
 
@@ -92,6 +120,10 @@ class Broker(Protocol):
 
     def outlet(self) -> Outlet:
         """Connect to publish into worker queues."""
+        ...
+
+    def sight(self) -> Sight:
+        """Connect to look at pending queues."""
         ...
 
     def worker_queue(self, name: str, before_declare: Callable[[], None] | None) -> Any:

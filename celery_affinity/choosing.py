@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from redis import Redis
@@ -61,7 +62,7 @@ def choose_delivery(app: Any, settings: AffinitySettings) -> Delivery:
         brokers = _redis_broker_url(app)
         if _is_same(brokers, url):
             return SameRedisDelivery(names)
-        broker = RedisBroker(lambda: connect(brokers), names)
+        broker = RedisBroker(partial(connect, brokers), names)
     else:
         broker = AmqpBroker(
             _opener(app),

@@ -14,22 +14,29 @@ from uuid import uuid4
 
 from kombu import Queue
 from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from celery_affinity.broker import Taken
 from celery_affinity.doorbell import Doorbell
 from celery_affinity.topology import RedisNames, worker_queue
 
-__all__ = ("RedisBroker", "RedisOutlet", "RedisSource")
+__all__ = ("RedisBroker", "RedisOutlet", "RedisSight", "RedisSource")
+
+#: Seconds for an answer to somebody who only looks.
+LOOK_SECONDS = 2.0
+#: Messages that one step of a look for a task reads at most, and about how many bytes.
+STEP, STEP_BYTES = 256, 1_000_000
 
 
 class RedisBroker:
     """Makes the connections.
 
     Arguments:
-        connect: Makes a client of the broker's Redis.
+        connect: Makes a client of the broker's Redis; keyword arguments as `connection.connect`.
     """
 
-    def __init__(self, connect: Callable[[], Redis], names: RedisNames) -> None:
+    def __init__(self, connect: Callable[..., Redis], names: RedisNames) -> None:
         self._connect = connect
         self._names = names
 
@@ -40,6 +47,12 @@ class RedisBroker:
     def outlet(self) -> RedisOutlet:
         """Connect to publish into worker queues."""
         return RedisOutlet(self._connect(), self._names)
+
+    def sight(self) -> RedisSight:
+        """Connect to look at pending queues."""
+        client = self._connect(socket_timeout=LOOK_SECONDS)
+        client.set_retry(Retry(NoBackoff(), 1))
+        return RedisSight(client, self._names)
 
     def worker_queue(self, name: str, before_declare: Callable[[], None] | None) -> Queue:
         """As with broker and ledger in one Redis."""
@@ -118,6 +131,43 @@ class RedisSource(RedisOutlet):
         """Hang up."""
         self._doorbell.close()
         super().close()
+
+
+class RedisSight:
+    """Counts and reads the lists of pending queues."""
+
+    def __init__(self, client: Redis, names: RedisNames) -> None:
+        self._client: Any = client
+        self._names = names
+
+    def waiting(self, pending: str) -> int:
+        """The lengths of its lists, at one moment."""
+        with self._client.pipeline(transaction=True) as pipe:
+            for name in self._names.lists(pending):
+                pipe.llen(name)
+            return sum(pipe.execute())
+
+    def find(self, pending: str, task_id: str) -> int | None:
+        """Read its lists in steps, from the oldest message on."""
+        found = (self._place(name, task_id) for name in self._names.lists(pending))
+        return next((place for place in found if place is not None), None)
+
+    def _place(self, name: str, task_id: str) -> int | None:
+        # As find.lua does; but a broker's user need not be allowed scripts.
+        wanted = [f'"id":{space}"{task_id}"'.encode() for space in ("", " ")]
+        looked, size, step = 0, 0, 1
+        while page := self._client.lrange(name, -looked - step, -looked - 1)[::-1]:
+            for at, raw in enumerate(page, looked + 1):
+                if any(text in raw for text in wanted):
+                    return at
+            looked += len(page)
+            size += sum(map(len, page))
+            step = max(1, min(4 * step, STEP, STEP_BYTES * looked // size))
+        return None
+
+    def close(self) -> None:
+        """Hang up."""
+        self._client.close()
 
 
 def _copy(raw: bytes) -> str:
