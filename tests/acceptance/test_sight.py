@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ def test_a_broker_that_does_not_answer_is_said_by_every_reading(view: View, how:
         assert affinity.explain("a").pending is None
         task = affinity.explain_task("any")
         assert task.state == "unseen" and task.unseen is None
-        assert ["broker does not answer" in text for text in affinity.status().warnings][0]
+        assert "broker does not answer" in affinity.status().warnings[0]
         assert view.run("queues").splitlines()[1].split()[:3] == ["jobs", "-", "0"]
         assert "the broker gives no answer" in view.run("explain", "--task", "any", code=1)
         assert "the broker does not answer" in view.run("explain", "any", code=1)
@@ -205,9 +206,11 @@ def test_a_forked_child_looks_over_a_connection_of_its_own(view: View) -> None:
     with lookout._lock:  # as if another thread looked at that moment
         child = os.fork()
         if child == 0:
+            signal.alarm(20)  # its end, should it wait for that thread
             seen = lookout.waiting("jobs")
             os.write(writer, b"ok" if seen == 2 else b"no")
             os._exit(0)
+    os.close(writer)
     assert os.read(reader, 2) == b"ok"
     os.waitpid(child, 0)
     assert view.pending() == 2
