@@ -12,7 +12,6 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
-from uuid import uuid4
 
 from amqp import Message
 from amqp.exceptions import NotFound
@@ -35,6 +34,8 @@ LOOK_SECONDS = 2.0
 COUNTERS = frozenset(("x-delivery-count", "x-acquired-count"))
 #: Properties that a message keeps on its way. (An expiration would be that of its way only.)
 KEPT = frozenset(("correlation_id", "reply_to", "priority", "message_id", "type", "app_id"))
+#: What the ids of messages begin with that an evacuation gave back: two of one id are copies.
+GIVEN_BACK = "celery-affinity-"
 
 #: Opens a kombu connection with these keyword arguments.
 Connect = Callable[..., Any]
@@ -136,9 +137,8 @@ class AmqpSource:
     def _receive(self, message: Any) -> None:
         raw, identity = enveloped(message)
         info = message.delivery_info
-        self._received.append(
-            Taken(raw, identity, bool(info.get("redelivered")), info["delivery_tag"])
-        )
+        again = info.get("redelivered") or _is_given_back(message)
+        self._received.append(Taken(raw, identity, bool(again), info["delivery_tag"]))
 
     def take(self, most: int, seconds: float) -> list[Taken]:
         """Wait for a message, and take what has arrived with it."""
@@ -157,12 +157,15 @@ class AmqpSource:
         """Ack all these, in one go."""
         self._channel.basic_ack(taken[-1].handle, multiple=True)
 
-    def give_back(self, raws: Sequence[bytes]) -> None:
+    def give_back(self, raws: Sequence[bytes], identities: Sequence[str]) -> None:
         """Publish copies that are messages of their own: with another identity, due anew."""
         if self._publishing is None:
             self._publishing = _Confirmed(self._connection)
         name = self._queue.name
-        messages = [(name, unwrapped(raw, durable=True, message_id=str(uuid4()))) for raw in raws]
+        messages = [
+            (name, unwrapped(raw, durable=True, message_id=GIVEN_BACK + identity))
+            for raw, identity in zip(raws, identities, strict=True)
+        ]
         if not all(self._publishing.publish(messages)):
             raise OSError(f"queue {name!r} is not there")
 
@@ -282,6 +285,10 @@ class _Confirmed:
 
     def _on_return(self, error: Exception, exchange: str, routing_key: str, message: Any) -> None:
         self._returned.add(routing_key)
+
+
+def _is_given_back(message: Any) -> bool:
+    return str(message.properties.get("message_id") or "").startswith(GIVEN_BACK)
 
 
 def _plain(value: Any) -> Any:

@@ -51,8 +51,13 @@ class Source(Protocol):
         """Take all these off the broker; they are all that were handed out."""
         ...
 
-    def give_back(self, raws: Sequence[bytes]) -> None:
-        """Publish these as plain Celery messages; the broker has them when it returns."""
+    def give_back(self, raws: Sequence[bytes], identities: Sequence[str]) -> None:
+        """Publish these as plain Celery messages; the broker has them when it returns.
+
+        Arguments:
+            identities: What `take` tells two copies of one message by: each is a message of its own
+                with another identity than it had, and has the same one if it is given back again.
+        """
         ...
 
     def delete(self, worker_queues: Sequence[str]) -> None:

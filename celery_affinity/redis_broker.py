@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any
-from uuid import uuid4
 
 from kombu import Queue
 from redis import Redis
@@ -120,11 +119,11 @@ class RedisSource(RedisOutlet):
                 pipe.lrem(one.handle, -1, one.raw)
             pipe.execute()
 
-    def give_back(self, raws: Sequence[bytes]) -> None:
+    def give_back(self, raws: Sequence[bytes], identities: Sequence[str]) -> None:
         """Publish copies that are messages of their own: with another delivery tag."""
         with self._client.pipeline(transaction=True) as pipe:
-            for raw in raws:
-                pipe.lpush(self._names.main_list(self._pending), _copy(raw))
+            for raw, identity in zip(raws, identities, strict=True):
+                pipe.lpush(self._names.main_list(self._pending), _copy(raw, identity))
             pipe.execute()
 
     def close(self) -> None:
@@ -170,7 +169,7 @@ class RedisSight:
         self._client.close()
 
 
-def _copy(raw: bytes) -> str:
+def _copy(raw: bytes, delivery_tag: str) -> str:
     message = json.loads(raw)
-    message["properties"]["delivery_tag"] = str(uuid4())
+    message["properties"]["delivery_tag"] = delivery_tag
     return json.dumps(message)
