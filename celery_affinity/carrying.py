@@ -19,8 +19,11 @@ Crash windows:
   (test_a_superseded_carrier_puts_nothing_into_any_shard).
 - between two shards' inboxes: nothing is done yet, so all comes again, and each shard knows its own
   (test_a_carrier_that_dies_between_two_shards_loses_and_doubles_nothing).
-- give_back: between publish and removal the message is given back twice: plain Celery's delivery is
-  at least once (test_what_is_evacuated_goes_back_to_the_broker_in_order).
+- give_back, between set_aside.lua and done: as between carry.lua and done.
+- give_back, between publish and the next give.lua: who goes on publishes that batch again, with the
+  same identities; their tombstones drop it once the queue is resumed
+  (test_an_evacuation_that_dies_between_any_two_calls_gives_each_message_back_once). Plain Celery
+  has no tombstones: there a message of that batch, of BATCH at most, runs twice.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-from uuid import uuid4
+from uuid import UUID, uuid4, uuid5
 
 from redis.exceptions import OutOfMemoryError, RedisError
 
@@ -242,23 +245,34 @@ def sweep(scripts: Scripts, state: str, source: Source) -> None:
 def give_back(scripts: Scripts, state: str, source: Source) -> int:
     """Publish on the broker what an evacuation has put into a list; returns how many.
 
-    What has arrived since, in the inbox and on the broker, is younger: it goes behind them.
+    What has arrived since, in the inbox and on the broker, is younger: it goes behind them. (Not
+    again once a part is published: what is on the broker then is that part, too.)
     """
+    if not scripts.is_being_given(state):
+        _gather(scripts, state, source)
+    moved, done = 0, ""
+    while True:
+        name, raws = scripts.give(state, done, uuid4().hex, BATCH)
+        if not name:
+            return moved
+        source.give_back(raws, [uuid5(UUID(name), str(at)).hex for at in range(len(raws))])
+        moved += len(raws)
+        done = name
+
+
+def _gather(scripts: Scripts, state: str, source: Source) -> None:
+    """Put what is younger behind what is given back."""
     client: Any = scripts.client
     back, inbox = scripts.keys.back(state), scripts.keys.inbox(state)
     while client.lmove(inbox, back, "RIGHT", "LEFT") is not None:
         pass
     if not client.exists(back):
-        return 0
+        return
     for _ in range(100_000 // BATCH):
         younger = source.take(BATCH, WAIT_SECONDS)
         if not younger:
-            break
-        client.lpush(back, *(one.raw for one in younger))
+            return
+        kept_ms = int(TOMBSTONE_SECONDS * 1000)
+        if not scripts.set_aside(state, uuid4().hex, younger, kept_ms, TOMBSTONES):
+            return
         source.done(younger)
-    moved = 0
-    while raws := client.lrange(back, -BATCH, -1)[::-1]:
-        source.give_back(raws)
-        client.ltrim(back, 0, -len(raws) - 1)
-        moved += len(raws)
-    return moved

@@ -27,11 +27,23 @@ class CarryingScripts(ScriptCalls):
         """Returns (carried, length of the inbox); carried is -1 if not the leader, -2 if the
         queue is evacuated, -3 if it has so many shards as the second number says; see carry.lua.
         """
-        words = [
-            word for one in taken for word in (one.identity, "again" if one.again else "", one.raw)
-        ]
-        answer = self._call("carry", state, token, fence, shards, kept_ms, most, *words)
+        answer = self._call("carry", state, token, fence, shards, kept_ms, most, *_words(taken))
         return int(answer[0]), int(answer[1]) if len(answer) > 1 else 0
+
+    def set_aside(
+        self, state: str, token: str, taken: Sequence[Taken], kept_ms: int, most: int
+    ) -> bool:
+        """Put what was taken off the broker behind what is given back to it; see set_aside.lua."""
+        return bool(self._call("set_aside", state, token, kept_ms, most, *_words(taken)))
+
+    def give(self, state: str, done: str, name: str, most: int) -> tuple[str, list[bytes]]:
+        """Returns (name of the batch to publish, or "" when all is; its messages); see give.lua."""
+        found, *raws = self._call("give", state, done, name, most)
+        return text_of(found), raws
+
+    def is_being_given(self, state: str) -> bool:
+        """Whether a part of what an evacuation gives back is published. Reads only."""
+        return bool(self.client.exists(self.keys.queue(state, "giving")))
 
     def inbox_length(self, state: str) -> int:
         """Messages that were carried and wait for intake. Reads only."""
@@ -66,3 +78,7 @@ class CarryingScripts(ScriptCalls):
                 return part
             moved += part
         return moved
+
+
+def _words(taken: Sequence[Taken]) -> list[str | bytes]:
+    return [word for one in taken for word in (one.identity, "again" if one.again else "", one.raw)]
