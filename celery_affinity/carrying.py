@@ -60,11 +60,15 @@ RETRY_SECONDS = 0.5
 SWEEP_SECONDS = 5.0
 
 
+#: A shard's ledger, and the queue's state name in it.
+Shard = tuple[Scripts, str]
+
+
 class Spread(NamedTuple):
     """How a queue is spread over several shards."""
 
-    #: Ledger and state name of each but the first.
-    others: Sequence[tuple[Scripts, str]]
+    #: Each but the first.
+    others: Sequence[Shard]
     #: Says into which shard a message belongs; 0 is the first one.
     route: Callable[[bytes], int]
 
@@ -150,7 +154,7 @@ class Carrier:
 
     def _carry(self, fence: str, source: Source, taken: list[Taken], over: threading.Event) -> None:
         carried = waiting = 0
-        for shard, part in self._routed(taken).items():
+        for shard, part in routed(taken, self._spread).items():
             done, length = self._put(shard, fence, part)
             if done == -1:
                 raise _Over
@@ -168,14 +172,6 @@ class Carrier:
         self._full = False
         while waiting > ENOUGH and not over.wait(0.05):
             waiting = max(scripts.inbox_length(state) for scripts, state in self._shards)
-
-    def _routed(self, taken: list[Taken]) -> dict[int, list[Taken]]:
-        if self._spread is None:
-            return {0: taken}
-        found: dict[int, list[Taken]] = {}
-        for one in taken:
-            found.setdefault(self._spread.route(one.raw), []).append(one)
-        return found
 
     def _put(self, shard: int, fence: str, taken: list[Taken]) -> tuple[int, int]:
         """Into one shard's inbox. Returns (carried, its length) as carry.lua does."""
@@ -213,6 +209,16 @@ class Carrier:
             )
 
 
+def routed(taken: Sequence[Taken], spread: Spread | None) -> dict[int, list[Taken]]:
+    """The messages by the shard they belong to, each in the order in which they were taken."""
+    if spread is None:
+        return {0: list(taken)}
+    found: dict[int, list[Taken]] = {}
+    for one in taken:
+        found.setdefault(spread.route(one.raw), []).append(one)
+    return found
+
+
 class _Stopped(Exception):
     """The queue is evacuated."""
 
@@ -242,14 +248,22 @@ def sweep(scripts: Scripts, state: str, source: Source) -> None:
         scripts.forget_abroad(state, gone)
 
 
-def give_back(scripts: Scripts, state: str, source: Source) -> int:
+def give_back(scripts: Scripts, state: str, source: Source, spread: Spread | None = None) -> int:
     """Publish on the broker what an evacuation has put into a list; returns how many.
 
     What has arrived since, in the inbox and on the broker, is younger: it goes behind them. (Not
     again once a part is published: what is on the broker then is that part, too.)
+
+    Arguments:
+        spread: The queue's further shards, if it has some.
     """
-    if not scripts.is_being_given(state):
-        _gather(scripts, state, source)
+    shards = [(scripts, state), *(spread.others if spread else ())]
+    if not any(scripts.is_being_given(state) for scripts, state in shards):
+        _gather(shards, source, spread)
+    return sum(_publish(scripts, state, source) for scripts, state in shards)
+
+
+def _publish(scripts: Scripts, state: str, source: Source) -> int:
     moved, done = 0, ""
     while True:
         name, raws = scripts.give(state, done, uuid4().hex, BATCH)
@@ -260,19 +274,26 @@ def give_back(scripts: Scripts, state: str, source: Source) -> int:
         done = name
 
 
-def _gather(scripts: Scripts, state: str, source: Source) -> None:
-    """Put what is younger behind what is given back."""
-    client: Any = scripts.client
-    back, inbox = scripts.keys.back(state), scripts.keys.inbox(state)
-    while client.lmove(inbox, back, "RIGHT", "LEFT") is not None:
-        pass
-    if not client.exists(back):
+def _gather(shards: Sequence[Shard], source: Source, spread: Spread | None) -> None:
+    """Put what is younger behind what is given back, each message in the shard of its tag."""
+    if spread and not all(scripts.is_evacuated(state) for scripts, state in shards):
+        return  # they are being resumed, and all was given back before that
+    found = False
+    for scripts, state in shards:
+        client: Any = scripts.client
+        back, inbox = scripts.keys.back(state), scripts.keys.inbox(state)
+        while client.lmove(inbox, back, "RIGHT", "LEFT") is not None:
+            pass
+        found = found or bool(client.exists(back))
+    if not found:
         return
+    kept_ms = int(TOMBSTONE_SECONDS * 1000)
     for _ in range(100_000 // BATCH):
         younger = source.take(BATCH, WAIT_SECONDS)
         if not younger:
             return
-        kept_ms = int(TOMBSTONE_SECONDS * 1000)
-        if not scripts.set_aside(state, uuid4().hex, younger, kept_ms, TOMBSTONES):
-            return
+        for shard, part in routed(younger, spread).items():
+            scripts, state = shards[shard]
+            if not scripts.set_aside(state, uuid4().hex, part, kept_ms, TOMBSTONES):
+                return
         source.done(younger)
