@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hashlib import sha1
 
-__all__ = ("shard_of",)
+__all__ = ("incarnations_of", "shard_of")
 
 
 def shard_of(tag: str, shards: int) -> int:
@@ -17,3 +17,8 @@ def shard_of(tag: str, shards: int) -> int:
         return 0
     digest = sha1(tag.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest()
     return int.from_bytes(digest[:8], "big") % shards
+
+
+def incarnations_of(incarnation: str, shards: int) -> list[str]:
+    """A node's name in each shard; in the first one it is its own."""
+    return [incarnation, *(f"{incarnation}-{shard}" for shard in range(1, shards))]
