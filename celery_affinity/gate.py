@@ -30,7 +30,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 from uuid import uuid4
@@ -64,6 +65,7 @@ class Gate:
     Arguments:
         connect: Makes the scripts' client; called once in each process that runs tasks.
         refusal: Makes the tracer's answer of a text: for a refused copy, and for a stored success.
+        incarnations: The node's name in each shard.
         slot: The slot that this process is, for ordinary tasks; None if slots are not processes.
         in_process: Whether tasks run in the worker's own process (threads, solo, gevent).
         ordinary: Whether ordinary tasks have to occupy a slot.
@@ -80,7 +82,7 @@ class Gate:
         refusal: Callable[[str], Any],
         queue_names: Mapping[str, str],
         node: str,
-        incarnation: str,
+        incarnations: Sequence[str],
         slot: int | None,
         in_process: bool,
         ordinary: bool,
@@ -94,7 +96,7 @@ class Gate:
         self._refusal = refusal
         self._queue_names = dict(queue_names)
         self._node = node
-        self._incarnation = incarnation
+        self._incarnations = incarnations
         self._slot = slot
         #: Whether tasks run in the worker's own process.
         self.in_process = in_process
@@ -122,15 +124,16 @@ class Gate:
             # Not patiently: the pool kills a process that does not come up. The heartbeat finds
             # what an earlier process had started, too; the slot of an ordinary task that was lost
             # with it is free again at the latest when the first task comes.
-            self._announced = self._briefly(
-                lambda: self._scripts.process_up(self._incarnation, slot)
-            )
+            for one in self._incarnations:
+                up = partial(self._scripts.process_up, one, slot)
+                self._announced = self._briefly(up) and self._announced
 
     def _announce(self) -> None:
         """Before the first task: tell what `process_up` could not tell."""
         if not self._announced and self._slot is not None:
             slot = self._slot
-            self._patiently(lambda: self._scripts.process_up(self._incarnation, slot))
+            for one in self._incarnations:
+                self._patiently(partial(self._scripts.process_up, one, slot))
         self._announced = True
 
     def close(self) -> None:
@@ -164,12 +167,16 @@ class Gate:
         token = self._token()
         self._announce()
         self._starts.decline(self._briefly)
-        self._briefly(lambda: self._scripts.occupy(self._incarnation, self._slot, token))
+        # A slot that is a process may work for any shard; of others one shard has one less.
+        shards = self._incarnations if self._slot is not None else self._incarnations[:1]
+        for one in shards:
+            self._briefly(partial(self._scripts.occupy, one, self._slot, token))
         try:
             return tracer(uuid, args, kwargs, request)
         finally:
             # Patiently: a slot that is not vacated takes no lease as long as its process lives.
-            self._patiently(lambda: self._scripts.vacate(self._incarnation, token))
+            for one in shards:
+                self._patiently(partial(self._scripts.vacate, one, token))
 
     def _dispatched_task(
         self,

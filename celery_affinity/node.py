@@ -16,23 +16,21 @@ from uuid import uuid4
 from redis.exceptions import RedisError
 
 from celery_affinity import internals, slot_pool
-from celery_affinity.connection import check_failover, check_server, connect
+from celery_affinity.connection import check_failover, check_server
 from celery_affinity.delivery import Delivery
 from celery_affinity.gate import Gate
-from celery_affinity.keys import Keys
 from celery_affinity.namesake import Namesake
 from celery_affinity.node_info import slots_of
+from celery_affinity.node_ledgers import NodeLedgers
 from celery_affinity.pulse import Pulse
 from celery_affinity.reception import Strategy, requeue_unknown_tasks
 from celery_affinity.relay import Relay
-from celery_affinity.reporter import Reporter
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.topology import worker_queue_name
 from celery_affinity.unreadable import survive_unreadable
-from celery_affinity.vacancy import Vacancy
 from celery_affinity.waiting import refuse_waits_for_own_tag
-from celery_affinity.watchdog import Lifeline, Watchdog
+from celery_affinity.watchdog import Watchdog
 
 __all__ = ("Node",)
 
@@ -61,7 +59,6 @@ class Node:
         #: Replaced, not changed: the heartbeat's thread reads it.
         self.serves = tuple(serves)
         self._settings = settings
-        self._url = url
         self._delivery = delivery
         self._worker = worker
         #: Affinity queue -> this node's worker queue, also of those that it served once.
@@ -78,27 +75,15 @@ class Node:
         )
         # Else a worker ends when Redis refuses its BRPOP: BUSY, a full disk (MISCONF).
         self.app.conf.broker_channel_error_retry = True
-        pending = {queue.state: queue.pending for queue in settings.queues}
+        pending = {part.state: part.pending for part in settings.parts}
         internals.settle_own_retries(self.app, pending.get, self._runs_alone)
-        self._lifeline = Lifeline()
         self._namesake = Namesake(self.name, self.incarnation)
         self._pulse = Pulse(settings.namespace, self.name)
         looks = [self._namesake.look]
-        if settings.role == "worker":
-            names = {queue.state: queue.name for queue in serves}
-            looks.append(Vacancy(names, 2 * settings.leader_ttl).look)
         if delivery.broker is not None:
             looks.append(self._note_abroad)
-        self.reporter = Reporter(
-            self._scripts,
-            self.incarnation,
-            self._announcement,
-            settings.heartbeat_interval,
-            self._lifeline,
-            looks,
-            self._pulse.beat,
-        )
-        self._relay = self._make_relay()
+        self._ledgers = NodeLedgers(self, settings, url, delivery, looks, self._pulse.beat)
+        self.reporter = self._ledgers.reporter
         internals.call_before_cold_stop(worker, self.reporter.request_drain)
         self._started = False
         self._slots = 0
@@ -108,31 +93,9 @@ class Node:
         return worker_queue_name(queue, self.name, self.incarnation)
 
     def _runs_alone(self, state: str, tag: str) -> bool:
-        queue = next(queue for queue in self._settings.queues if queue.state == state)
+        queue = self._ledgers.part(state)
+        assert queue is not None
         return queue.own_concurrencies.get(tag, queue.default_concurrency) == 1
-
-    def _scripts(self, single_threaded: bool = False) -> Scripts:
-        keys = Keys(self._settings.namespace)
-        client = connect(self._url, keys.prefix)
-        return Scripts(client, keys, single_threaded=single_threaded)
-
-    def _make_relay(self) -> Relay | None:
-        broker = self._delivery.broker
-        if broker is None:
-            return None
-        keys = Keys(self._settings.namespace)
-        return Relay(
-            connect(self._url, keys.prefix),
-            keys.outbox(self.incarnation),
-            broker.outlet,
-            self._queue_abroad,
-            self.reporter.held,
-            lambda stamp, reason: self.reporter.discard(stamp, "bury", reason),
-        )
-
-    def _queue_abroad(self, state: str) -> str | None:
-        found = next((queue for queue in self._settings.queues if queue.state == state), None)
-        return None if found is None else self.worker_queues.get(found.name)
 
     def _note_abroad(self, scripts: Scripts) -> None:
         """Say again and again what is to be deleted on the broker when this node is gone."""
@@ -153,31 +116,13 @@ class Node:
             pass  # the pool has stopped: as many as it had
         return self._slots
 
-    def _announcement(self) -> dict[str, Any]:
+    @property
+    def depth(self) -> int:
+        """How many messages of a lease are sent at a time: a second one waits at the slot's
+        process while the first one runs.
+        """
         single = self.slots == 1 and self._worker.pool_cls.__module__.endswith(".prefork")
-        queues = [
-            (
-                queue.state,
-                min(queue.slots or self.slots, self.slots),
-                self._delivery.worker_list(self.worker_queues[queue.name], self.incarnation),
-            )
-            for queue in self.serves
-        ]
-        junk = [
-            key
-            for name in self.worker_queues.values()
-            for key in self._delivery.leftovers(name, self.incarnation)
-        ]
-        return {
-            "name": self.name,
-            # A second message waits at the slot's process while the first one runs.
-            "depth": 2 if self.slots_are_processes or single else 1,
-            "slots": self.slots,
-            "queues": queues,
-            "junk": junk,
-            "role": self._settings.role,
-            "timeout_ms": int(self._settings.heartbeat_timeout * 1000),
-        }
+        return 2 if self.slots_are_processes or single else 1
 
     # In the processes that run tasks
 
@@ -207,18 +152,17 @@ class Node:
                 time.sleep(0.05)
 
     def _watch(self, gate: Gate) -> None:
-        dog = Watchdog(self._lifeline, gate.began, self._settings.heartbeat_timeout)
+        dog = Watchdog(self._ledgers.lifeline, gate.began, self._settings.heartbeat_timeout)
         internals.native_thread(dog.run, "affinity-watchdog")
 
     def _make_gate(self, slot: int | None) -> Gate:
         in_process = slot is None
         return Gate(
-            connect=partial(self._scripts, single_threaded=not in_process),
+            connect=partial(self._ledgers.scripts, single_threaded=not in_process),
             refusal=internals.refusal,
-            # All of them: a process must know also those that its node serves later.
-            queue_names={queue.state: queue.name for queue in self._settings.queues},
+            queue_names=self._ledgers.queue_names,
             node=self.name,
-            incarnation=self.incarnation,
+            incarnations=self._ledgers.incarnations,
             slot=slot if self.slots_are_processes else None,
             in_process=in_process,
             ordinary=True,  # ordinary queues can be added at any time
@@ -250,9 +194,10 @@ class Node:
         else:
             self._started = True
             self._pulse.begin()
-            if self._relay is not None:
-                self._relay.start()
-            internals.native_thread(self.reporter.run, "affinity-heartbeat")
+            for relay in self._ledgers.relays:
+                relay.start()
+            for name, loop in self._ledgers.loops.items():
+                internals.native_thread(loop, name)
         logger.info(
             "Serving %s with %d slots as %s.",
             ", ".join(repr(queue.name) for queue in self.serves) or "no affinity queue",
@@ -263,17 +208,19 @@ class Node:
 
     def leave(self) -> None:
         """The pool has stopped: this incarnation is no more."""
-        if self._relay is not None:
-            self._relay.stop()
+        if self._ledgers.exchange is not None:
+            self._ledgers.exchange.stop()
+        for relay in self._ledgers.relays:
+            relay.stop()
         self.reporter.leave()
-        if self._relay is not None:
-            self._leave_broker(self._relay)
+        if self._ledgers.relays:
+            self._leave_broker(self._ledgers.relays[0])
         self._pulse.end()
 
     def _leave_broker(self, relay: Relay) -> None:
         try:
             relay.delete(list(self.worker_queues.values()))
-            scripts = self._scripts()
+            scripts = self._ledgers.scripts_of(0)
             for queue in self._settings.queues:
                 if queue.name in self.worker_queues:
                     scripts.forget_abroad(queue.state, [self.worker_queues[queue.name]])
@@ -297,7 +244,8 @@ class Node:
         name = self._worker_queue_name(queue)
         self.worker_queues = {**self.worker_queues, queue.name: name}
         self.serves = (*self.serves, queue)
-        note = None if self._relay is None else partial(self._note_abroad, self._scripts())
+        elsewhere = self._delivery.broker is not None
+        note = partial(self._note_abroad, self._ledgers.scripts_of(0)) if elsewhere else None
         self.app.amqp.queues.add(self._delivery.worker_queue(name, note))
         consume(name)
         self.reporter.changed()
@@ -320,29 +268,30 @@ class Node:
         A node that died between the two in the other order left its queue's binding for ever
         (test_a_worker_that_dies_while_it_starts_leaves_nothing).
         """
-        scripts = self._scripts()
+        scripts, elsewhere = self._ledgers.scripts_of(0), self._delivery.broker is not None
         try:
             if not self._started:
-                check_server(scripts.client, logger)
-                check_failover(scripts.client, self._settings.heartbeat_timeout)
+                for shard in range(self._settings.shards):
+                    client = self._ledgers.scripts_of(shard).client
+                    check_server(client, logger)
+                    check_failover(client, self._settings.heartbeat_timeout)
                 self._namesake.before_registration(scripts)
             self.reporter.register()
-            if self._relay is not None:
+            if elsewhere:
                 self._note_abroad(scripts)
         except RedisError as error:
-            if self._relay is None:
+            if not elsewhere:
                 raise  # the broker's own error, which Celery knows
             # One for which Celery connects anew, as it does when its broker is away.
             raise ConnectionError(f"the ledger's Redis does not answer: {error}") from error
 
     def info(self) -> dict[str, Any]:
         """For ``celery inspect affinity``, ``celery inspect stats`` and Flower."""
-        names = {queue.state: queue.name for queue in self._settings.queues}
         return {
             "incarnation": self.incarnation,
             "queues": {queue.name: self.worker_queues[queue.name] for queue in self.serves},
             "role": self._settings.role,
-            "slots": slots_of(self.reporter.held, self.slots, names),
+            "slots": slots_of(self.reporter.held, self.slots, self._ledgers.queue_names),
             "slot_is_process": self.slots_are_processes,
             "held": self.reporter.held.names(),
         }

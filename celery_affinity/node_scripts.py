@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 from celery_affinity.script_calls import SCHEMA_VERSION, ScriptCalls, text_of
 
-__all__ = ("NodeScripts",)
+__all__ = ("Demand", "NodeScripts")
 
 
 def _lines(queues: Sequence[tuple[str, int, str]]) -> str:
     return "\n".join(f"{state}\t{limit}\t{listkey}" for state, limit, listkey in queues)
+
+
+def _away(slot: int) -> str:
+    return f"away:{slot}"
+
+
+class Demand(NamedTuple):
+    """A shard's tags and a node's slots in it."""
+
+    #: Tags that could have a slot now.
+    ready: int
+    #: Slots of any node that are free for them.
+    free: int
+    #: Tags that have one.
+    held: int
+    #: The node's own slots: free, leased, and those that work for other shards.
+    idle: frozenset[int]
+    leased: frozenset[int]
+    away: frozenset[int]
 
 
 class NodeScripts(ScriptCalls):
@@ -30,9 +51,15 @@ class NodeScripts(ScriptCalls):
         role: str,
         timeout_ms: int,
         busy: Sequence[int] = (),
+        away: Sequence[int] = (),
         change: int = 0,
     ) -> int:
-        """Announce an incarnation and offer its slots; the number of the change in force."""
+        """Announce an incarnation and offer its slots; the number of the change in force.
+
+        Arguments:
+            busy: Slots that still run something.
+            away: Slots that work for another shard.
+        """
         answer = self._call(
             "register",
             incarnation,
@@ -43,7 +70,7 @@ class NodeScripts(ScriptCalls):
             "\n".join(junk),
             role,
             timeout_ms,
-            "\n".join(str(i) for i in busy),
+            "\n".join([*map(str, busy), *map(_away, away)]),
             SCHEMA_VERSION,
             change,
         )
@@ -209,3 +236,40 @@ class NodeScripts(ScriptCalls):
     def vacate(self, incarnation: str, token: str) -> bool:
         """An ordinary task has ended."""
         return bool(self._call("vacate", incarnation, token))
+
+    # Slots of nodes that serve several shards
+
+    def lend(self, incarnation: str, slot: int) -> None:
+        """Another shard is to have this slot: no more leases, and the one that it has gets no more
+        than its share. A repeat changes nothing.
+        """
+        self._call("occupy", incarnation, slot, _away(slot))
+
+    def get_back(self, incarnation: str, slot: int) -> None:
+        """This shard has the slot (again)."""
+        self._call("vacate", incarnation, _away(slot))
+
+    def demand(self, incarnation: str, states: Sequence[str]) -> Demand:
+        """How a shard stands with a node's slots, in one moment and round trip. Reads only.
+
+        Arguments:
+            states: The queues of the shard that the node serves.
+        """
+        queue, worker = self.keys.queue, partial(self.keys.worker, incarnation)
+        with self.client.pipeline(transaction=True) as pipe:
+            pipe.smembers(worker("idle"))
+            pipe.smembers(worker("leased"))
+            pipe.hkeys(worker("busy"))
+            for state in states:
+                pipe.zcard(queue(state, "ring"))
+                pipe.zcard(queue(state, "idle"))
+                pipe.hlen(queue(state, "held"))
+            idle, leased, busy, *counts = pipe.execute()
+        return Demand(
+            ready=sum(counts[::3]),
+            free=sum(counts[1::3]),
+            held=sum(counts[2::3]),
+            idle=frozenset(map(int, idle)),
+            leased=frozenset(map(int, leased)),
+            away=frozenset(int(token[5:]) for token in busy if token.startswith(b"away:")),
+        )

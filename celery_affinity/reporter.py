@@ -51,6 +51,7 @@ class Reporter:
         lifeline: Told of each answered heartbeat.
         looks: Called after each beat, in the heartbeat's thread.
         pulse: Called before each beat, whether Redis answers it or not.
+        away: Slots that work for another shard at this moment.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Reporter:
         lifeline: Lifeline,
         looks: Sequence[Callable[[Scripts], None]] = (),
         pulse: Callable[[], None] = lambda: None,
+        away: Callable[[], Sequence[int]] = tuple,
     ) -> None:
         self._lifeline = lifeline
         self.held = Held()
@@ -73,6 +75,7 @@ class Reporter:
         self._interval = interval_seconds
         self._looks = looks
         self._pulse = pulse
+        self._away = away
         self._beats = count(1)
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
@@ -91,7 +94,9 @@ class Reporter:
         """Announce this incarnation (again); a repeat changes nothing."""
         change, announcement = self._numbered()
         sent = seconds()
-        self._scripts.register(self._incarnation, **announcement, change=change)
+        self._scripts.register(
+            self._incarnation, **announcement, away=self._away(), change=change
+        )
         self._lifeline.answered(sent)
 
     def changed(self) -> None:
@@ -254,6 +259,8 @@ class Reporter:
         if self._in_force >= change:
             return
         slots, queues, junk = (announcement[name] for name in ("slots", "queues", "junk"))
+        for slot in self._away():  # new slots are offered at once
+            scripts.lend(self._incarnation, slot)
         back = scripts.serve(self._incarnation, change, slots=slots, queues=queues, junk=junk)
         if back is None:
             return  # not registered (any more): the next beat finds out
@@ -278,7 +285,7 @@ class Reporter:
         sent = seconds()
         change, announcement = self._numbered()
         self._in_force = scripts.register(
-            self._incarnation, **announcement, busy=sorted(busy), change=change
+            self._incarnation, **announcement, busy=sorted(busy), away=self._away(), change=change
         )
         self._lifeline.answered(sent)
         for slot in busy - self.held.running_slots():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hashlib import sha1
 
-__all__ = ("incarnation_in", "node_of", "shard_of")
+__all__ = ("incarnation_in", "incarnations_of", "node_of", "shard_of")
 
 
 def shard_of(tag: str, shards: int) -> int:
@@ -31,3 +31,8 @@ def incarnation_in(incarnation: str, shard: int) -> str:
 def node_of(incarnation: str, shard: int) -> str:
     """The reverse of `incarnation_in`."""
     return incarnation.removesuffix(f"-{shard}") if shard else incarnation
+
+
+def incarnations_of(incarnation: str, shards: int) -> list[str]:
+    """A node's name in each shard; in the first one it is its own."""
+    return [incarnation_in(incarnation, shard) for shard in range(shards)]

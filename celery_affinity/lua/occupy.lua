@@ -1,4 +1,5 @@
--- occupy: an ordinary task begins in a slot of this node, which then takes no lease.
+-- occupy: an ordinary task begins in a slot of this node, or another shard is to have it: it then takes no
+-- lease.
 --
 -- KEYS[1] namespace prefix
 -- ARGV    incarnation, slot or '' (a pool whose slots have no identity), token

@@ -13,7 +13,7 @@ if not w then return 0 end
 local busy = worker_key(inc, 'busy')
 local was_busy = occupied(inc, i)
 for _, token in ipairs(redis.call('HKEYS', busy)) do
-  if redis.call('HGET', busy, token) == i then redis.call('HDEL', busy, token) end
+  if redis.call('HGET', busy, token) == i and token ~= 'away:' .. i then redis.call('HDEL', busy, token) end
 end
 local l, leased = load_lease(inc, i)
 if leased and l.out[1] and l.out[1].token then

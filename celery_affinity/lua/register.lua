@@ -4,7 +4,8 @@
 -- ARGV    incarnation, node name, messages out per lease, number of slots,
 --         queues as lines "queue TAB slots it may use TAB worker queue's list",
 --         keys to delete when it is gone (a line each), role, heartbeat timeout in ms,
---         slots that still run something and are offered later (a line each), schema version,
+--         slots that are offered later, a line each: those that still run something, and as "away:<slot>"
+--         those that work for another shard; schema version,
 --         number of the change (of queues or slots) that this announcement has in it
 -- Returns {-5, version} the ledger has a layout that this version must not touch;
 --         {1, number of the change that is in force}. A repeat changes nothing but the heartbeat: an
@@ -25,9 +26,10 @@ redis.call('HSET', worker_key(inc, 'info'), 'name', ARGV[2], 'state', 'active', 
   'slots', ARGV[4], 'cap', ARGV[4], 'change', ARGV[11], 'queues', ARGV[5], 'junk', ARGV[6], 'role', ARGV[7], 'timeout', ARGV[8],
   'since', text(NOW))
 local held_back = {}
-for i in string.gmatch(ARGV[9], '[^\n]+') do
+for token in string.gmatch(ARGV[9], '[^\n]+') do
+  local i = string.match(token, '%d+$')
   held_back[i] = true
-  redis.call('HSET', worker_key(inc, 'busy'), 'slot:' .. i, i)
+  redis.call('HSET', worker_key(inc, 'busy'), token == i and 'slot:' .. i or token, i)
 end
 local w = worker(inc)
 for i = 0, tonumber(ARGV[4]) - 1 do

@@ -1,520 +1,360 @@
-"""Laws of queues with several shards: what operators see and do is what they see and do of one.
-
-The shards' ledgers are three prefixes of one server here. (Commands go to each by its own connection,
-so that several servers are the same to them: test_redis_cluster.py.)
-"""
+"""Laws of a queue that is spread over shards: two ledgers of one namespace on a real server."""
 
 from __future__ import annotations
 
-import json
+import random
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from celery import Celery
-from hypothesis import given
-from hypothesis import strategies as st
+from redis.exceptions import ConnectionError as RedisConnectionError
 
-from celery_affinity import Affinity, AffinityQueue
+from celery_affinity.broker import Taken
+from celery_affinity.carrying import Carrier, Spread
 from celery_affinity.embedded import Server
-from celery_affinity.exceptions import OperationError
+from celery_affinity.exceptions import ShardsError
+from celery_affinity.intake import no_tag, shard_in
 from celery_affinity.keys import Keys
-from celery_affinity.measures import Measures
-from celery_affinity.operator_scripts import OperatorScripts
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import ENTRIES_A_SHARD
-from celery_affinity.sharding import incarnation_in, node_of, shard_of
-from celery_affinity.tag_lists import _across, _row
-from celery_affinity.types import TagRecord
-from celery_affinity.whole import _one_slot
+from celery_affinity.sharded_scripts import ShardedScripts
+from celery_affinity.sharding import incarnations_of, shard_of
+from celery_affinity.slot_exchange import SlotExchange
 
-from .conftest import Bench, Copy, Node
+from .conftest import Bench, Node
+from .test_carrying import Died, Hub, HubSource, Idle, admit_all, admitted, message
 
-BROKER = 5
-SLOTS = 6
-
-
-def tags_of(shard: int) -> Iterator[str]:
-    return (tag for n in range(10_000) if shard_of(tag := f"t{n}", 3) == shard)
+SHARDS = 2
 
 
-#: Two of the first shard, one of each other.
-FIRST, SECOND, THIRD = tags_of(0), tags_of(1), tags_of(2)
-TAGS = [next(FIRST), next(FIRST), next(SECOND), next(THIRD)]
+class Flaky(Scripts):
+    """Fails a call before or after it was made, when its owner says so."""
+
+    fails: Callable[[], str] = staticmethod(lambda: "")
+
+    def _call(self, name: str, *args: object, **options: Any) -> Any:
+        how = self.fails()
+        if how == "before":
+            raise RedisConnectionError("cut off")
+        answer = super()._call(name, *args, **options)
+        if how == "after":
+            raise RedisConnectionError("the reply was lost")
+        return answer
 
 
-class Died(BaseException):
-    """The operator's process is gone."""
+@dataclass
+class Shards:
+    """Two shards, and a node of that serves both."""
 
+    benches: list[Bench]
+    size: int = 2
+    fails: Callable[[], str] = lambda: ""
 
-class System:
-    """A queue over so many shards, with a leader and nodes made by hand, and an app that looks."""
+    def lead(self, **limits: int) -> None:
+        for shard, bench in enumerate(self.benches):
+            bench.lead(shards=SHARDS, first_entry=shard * ENTRIES_A_SHARD, **limits)
 
-    def __init__(self, server: Server, namespace: str, shards: int) -> None:
-        self.pending = f"{namespace}-pending"
-        self.queue = AffinityQueue("q", shards=shards, pending_queue_name=self.pending)
-        self.broker = server.client(BROKER)
-        client = server.client()
-        self.parts = [
-            Bench(client, Scripts(client, Keys(namespace, part.shard)), state=part.state)
-            for part in self.queue.parts
-        ]
-        app = Celery("shards", broker=server.url(BROKER), set_as_current=False)
-        self.affinity = Affinity(
-            app, queues=[self.queue], namespace=namespace, redis_url=server.url()
-        )
-        self.nodes: list[Node] = []
-        for part, bench in zip(self.queue.parts, self.parts, strict=True):
-            limits = {name: part.limits[name] for name in ("shards", "first_entry")}
-            bench.lead(**limits)  # type: ignore[arg-type]
+    def open(self, slots: int) -> tuple[list[Node], SlotExchange]:
+        """A node, registered in both."""
+        self.size = slots
+        names = incarnations_of("n", SHARDS)
+        exchange = SlotExchange(names, self.connect, lambda shard: ["q"], lambda: self.size)
+        exchange._offset = 0
+        nodes = []
+        for name, bench in zip(names, self.benches, strict=True):
+            nodes.append(self.register(bench, name, exchange))
+        return nodes, exchange
 
-    def node(self, name: str = "n") -> None:
-        """A node whose slots are dealt out to the shards."""
-        for shard, bench in enumerate(self.parts):
-            incarnation = incarnation_in(name, shard)
-            self.nodes.append(bench.node(incarnation, SLOTS, title=name))
-            for slot in range(SLOTS):
-                if slot % len(self.parts) != shard:
-                    bench.scripts.occupy(incarnation, slot, f"away:{slot}")
+    def register(self, bench: Bench, name: str, exchange: SlotExchange) -> Node:
+        node = Node(bench, name, f"{bench.scripts.keys.prefix}wq-{name}")
+        shard = bench.scripts.keys.shard
+        bench.scripts.register(
+            name, name=f"{name}@test", depth=1, slots=self.size, queues=[("q", self.size, node.list)],
+            junk=[node.list], role="worker", timeout_ms=60_000, away=exchange.away(shard),
+        )  # fmt: skip
+        return node
 
-    def part_of(self, tag: str) -> Bench:
-        return self.parts[shard_of(tag, len(self.parts))]
-
-    def send(self, tag: str, *ids: object, eta: str | None = None) -> None:
-        bench = self.part_of(tag)
-        bench.send(tag, *ids, eta=eta)
-        bench.admit_all()
-
-    def take(self) -> dict[str, Copy]:
-        """What has been dispatched, by tag."""
-        return {copy.tag: copy for node in self.nodes for copy in iter(node.receive, None)}
-
-    def drain_all(self) -> list[str]:
-        return sorted(one for node in self.nodes for one in node.drain_all())
-
-    def bury(self, *tags: str) -> None:
-        for copy in self.take().values():
-            assert copy.tag in tags and copy.discard("bury", "not readable") == 1
-
-    def on_the_broker(self) -> dict[str, list[str]]:
-        """Ids in the pending queue by tag, as a consumer would get them."""
-        found: dict[str, list[str]] = {}
-        for raw in reversed(self.broker.lrange(self.pending, 0, -1)):
-            headers = json.loads(raw)["headers"]
-            found.setdefault(headers["identify_tag"], []).append(headers["id"])
+    def connect(self, shard: int) -> Scripts:
+        found = Flaky(self.benches[shard].client, self.benches[shard].scripts.keys)
+        found.fails = lambda: self.fails()  # type: ignore[method-assign]
         return found
 
+    def leased(self, shard: int) -> set[int]:
+        key = self.benches[shard].scripts.keys.worker(incarnations_of("n", SHARDS)[shard], "leased")
+        return {int(slot) for slot in self.benches[shard].client.smembers(key)}
 
-@pytest.fixture
-def system(shared_server: Server, namespace: str) -> Iterator[Callable[[int], System]]:
-    made: list[System] = []
-
-    def make(shards: int) -> System:
-        made.append(System(shared_server, f"{namespace}-{shards}", shards))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.broker.delete(one.pending)
-        for key in one.parts[0].client.scan_iter(match="{affinity:" + namespace + "*", count=1000):
-            one.parts[0].client.delete(key)
+    def idle(self, shard: int) -> set[int]:
+        key = self.benches[shard].scripts.keys.worker(incarnations_of("n", SHARDS)[shard], "idle")
+        return {int(slot) for slot in self.benches[shard].client.smembers(key)}
 
 
 @pytest.fixture
-def three(system: Callable[[int], System]) -> System:
-    return system(3)
+def shards(shared_server: Server, namespace: str) -> Iterator[Shards]:
+    client = shared_server.client()
+    yield Shards([Bench(client, Scripts(client, Keys(namespace, n))) for n in range(SHARDS)])
+    for key in client.scan_iter(match="{affinity:" + namespace + "*", count=1000):
+        client.delete(key)
 
 
-# What is read, and what is done: a story that is told of one shard and of three
-
-Story = Callable[[System], list[Any]]
-
-
-def told(system: System) -> list[Any]:
-    """All that is shown, but for what is each shard's own: slots, epochs, places, numbers."""
-    affinity = system.affinity
-    stats = asdict(affinity.stats("q"))
-    for rate in ("settled_per_second", "leases_per_second"):
-        del stats[rate]
-    workers = []
-    for record in affinity.workers():
-        slots = sorted((s.status, s.queue, s.current_identify_tag or "", s.current_batch_size) for s in record.slots)
-        workers.append((record.worker_id, record.name, record.status, record.draining, record.queues, slots))
-        assert 0 < record.heartbeat_left_seconds <= 60
-    records = affinity.tags("q")
-    assert all(slot.startswith("n:") for record in records for slot in record.slots)
-    letters = [
-        (letter.tag, letter.reason, letter.attempts, json.loads(letter.message)["headers"]["id"])
-        for letter in affinity.dead_letters("q")
-    ]
-    status = affinity.status()
-    return [
-        stats,
-        workers,
-        sorted(map(plain, records)),
-        sorted(map(plain, affinity.top_tags("q", 3))) if len(records) <= 3 else None,
-        sorted(letters),
-        [(c.who, c.what, c.queue, c.target, c.detail.replace("-1", "")) for c in affinity.changes()],
-        status.warnings,
-        (status.queues[0].workers, status.queues[0].busy_slots),
-        [explained(affinity, tag) for tag in TAGS],
-    ]
+def test_each_slot_is_offered_in_one_shard_only(shards: Shards) -> None:
+    shards.lead()
+    shards.open(4)
+    assert [shards.idle(0), shards.idle(1)] == [{0, 2}, {1, 3}]
 
 
-def plain(record: TagRecord) -> tuple[object, ...]:
-    return record.tag, record.waiting, len(record.slots), [why.partition(":")[0] for why in record.halted]
+def test_a_free_slot_moves_to_the_shard_that_needs_it(shards: Shards) -> None:
+    shards.lead()
+    nodes, exchange = shards.open(2)
+    for tag in "abc":
+        shards.benches[1].send(tag, 1)
+    shards.benches[1].admit_all()
+    assert (shards.leased(0), shards.leased(1)) == (set(), {1})
+    exchange.look()
+    assert (shards.leased(1), shards.idle(0)) == ({0, 1}, set())
+    assert sorted(nodes[1].drain_all()) == ["a-1", "b-1", "c-1"]
 
 
-def explained(affinity: Affinity, tag: str) -> list[Any]:
-    found = affinity.explain(tag)
-    holds = [
-        (h.worker, h.current_batch_size, h.max_batch_size, h.task, h.task_id, h.running_seconds is None)
-        for h in found.holds
-    ]
-    obstacles = [text.partition("dead letter")[0] for text in found.obstacles]
-    return [found.queue, found.tag, holds, found.concurrency, found.waiting, bool(found.last_slot), obstacles, found.pending]
+def test_a_slot_moves_back_when_its_first_shard_needs_it(shards: Shards) -> None:
+    shards.lead()
+    nodes, exchange = shards.open(1)
+    for _ in range(3):
+        for shard in (1, 0):
+            shards.benches[shard].send("a", 1)
+            shards.benches[shard].admit_all()
+            exchange.look()
+            assert nodes[shard].drain_all() == ["a-1"]
 
 
-def looking(system: System) -> list[Any]:
-    system.node()
-    for tag in TAGS:
-        system.send(tag, 1, 2, 3)
-    system.send(TAGS[3], "later", eta="2100-01-01T00:00:00+00:00")
-    found = [told(system)]
-    copies = system.take()
-    for tag in TAGS[1:]:
-        assert copies[tag].start() == 1
-    copies[TAGS[2]].settle()
-    system.broker.lpush(system.pending, message("on-the-broker"))
-    ids = [*(f"{tag}-{n}" for tag in TAGS for n in (1, 2, 3)), f"{TAGS[3]}-later", "on-the-broker", "nowhere"]
-    found += [told(system), [(one, system.affinity.explain_task(one).state) for one in ids]]
-    return found
+def test_a_lease_ends_with_its_batch_where_another_shard_needs_the_only_slot(shards: Shards) -> None:
+    shards.lead(batch=3)
+    nodes, exchange = shards.open(1)
+    shards.benches[0].send("hot", *range(20))
+    shards.benches[0].admit_all()
+    shards.benches[1].send("cold", 1)
+    shards.benches[1].admit_all()
+    exchange.look()
+    ran = nodes[0].drain_all()
+    assert ran == ["hot-0", "hot-1", "hot-2"], "without the other shard's need it would go on"
+    exchange.look()
+    assert nodes[1].drain_all() == ["cold-1"]
+    exchange.look()
+    assert nodes[0].drain_all()[0] == "hot-3"
 
 
-def pausing(system: System) -> list[Any]:
-    affinity, found = system.affinity, []
-    system.node()
-    for tag in TAGS:
-        affinity.pause("q", tag, by="me")
-        system.send(tag, 1, 2)
-    found.append(told(system))
-    found += [affinity.resume("q", tag, by="me") for tag in (*TAGS, "unknown")]
-    found.append(told(system))
-    affinity.pause("q", by="me")
-    found.append(told(system))
-    system.take()
-    affinity.resume("q", by="me")
-    return [*found, told(system), system.drain_all(), told(system)]
+def test_a_move_cut_off_half_way_is_finished_by_the_next_look(shards: Shards) -> None:
+    for how in ("before", "after"):
+        for step in range(1, 4):
+            for shard in range(SHARDS):
+                for key in shards.benches[shard].client.scan_iter(
+                    match=shards.benches[shard].scripts.keys.prefix + "*"
+                ):
+                    shards.benches[shard].client.delete(key)
+            shards.lead()
+            nodes, exchange = shards.open(1)
+            shards.benches[1].send("a", 1)
+            shards.benches[1].admit_all()
+            calls = iter(range(1, 100))
+            shards.fails = lambda how=how, calls=calls, step=step: how if next(calls) == step else ""
+            exchange.look()
+            shards.fails = lambda: ""
+            exchange.look()
+            assert nodes[1].drain_all() == ["a-1"], (how, step)
 
 
-def steering(system: System) -> list[Any]:
-    affinity, found = system.affinity, []
-    for tag in TAGS:
-        system.send(tag, 1, 2, 3, 4)
-        system.send(tag, "later", eta="2100-01-01T00:00:00+00:00")
-    system.node()
-    system.node("other")
-    affinity.limit("q", TAGS[2], 3, by="me")
-    affinity.limit("q", TAGS[3], None, by="me")
-    found += [affinity.purge("q", TAGS[0], by="me"), affinity.revoke_tag("q", TAGS[3], by="me")]
-    found += [affinity.revoke_tag("q", "unknown", by="me"), affinity.purge("q", "unknown", by="me")]
-    for tag in TAGS:
-        affinity.move("q", tag, "other", by="me")
-    system.take()
-    found.append(affinity.drain("n", by="me"))
-    found += [[record.draining for record in affinity.workers()]]
-    try:
-        affinity.move("q", TAGS[3], "n@test", by="me")
-    except OperationError as error:
-        found.append(str(error))
-    found += [[(c.what, c.target, c.detail) for c in affinity.changes()]]
-    return [*found, [explained(affinity, tag)[3] for tag in TAGS], asdict(affinity.stats("q"))["purged"]]
+def test_a_ledger_that_forgot_who_has_a_slot_is_told(shards: Shards) -> None:
+    shards.lead()
+    _, exchange = shards.open(2)
+    keys, client = shards.benches[0].scripts.keys, shards.benches[0].client
+    client.delete(keys.worker("n", "busy"))
+    client.hset(keys.worker("n", "busy"), "away:0", "0")
+    exchange.look()
+    assert client.hgetall(keys.worker("n", "busy")) == {b"away:1": b"1"}
 
 
-def dead_letters(system: System) -> list[Any]:
-    affinity = system.affinity
-    system.node()
-    for tag in TAGS:
-        system.send(tag, 1)
-    system.bury(*TAGS)
-    found = [told(system)]
-    letters = affinity.dead_letters("q")
-    assert [letter.entry for letter in letters] == sorted(letter.entry for letter in letters)
-    pages = [affinity.dead_letters("q", 1)]
-    while pages[-1]:
-        pages.append(affinity.dead_letters("q", 1, after=pages[-1][0].entry))
-    assert [page[0] for page in pages[:-1]] == letters
-    by_tag = {letter.tag: letter.entry for letter in letters}
-    found += [[one.tag for one in affinity.dead_letters("q", tag=tag)] for tag in TAGS]
-    found += [affinity.requeue_dead("q", [by_tag[TAGS[3]], 77 * ENTRIES_A_SHARD], by="me"), told(system)]
-    found += [affinity.requeue_dead("q", tag=TAGS[2], by="me"), system.drain_all()]
-    for part in system.parts:  # their callers were told
-        for entry, _, _ in part.scripts.untold(part.state, 10):
-            part.scripts.told(part.state, part.fence, [entry], None)
-    found += [affinity.purge_dead("q", [by_tag[TAGS[1]]], by="me"), told(system)]
-    return [*found, affinity.purge_dead("q", by="me"), told(system)]
+def test_a_node_that_registers_anew_offers_what_it_has_there_now(shards: Shards) -> None:
+    shards.lead()
+    nodes, exchange = shards.open(2)
+    shards.benches[1].send("a", 1)
+    shards.benches[1].send("b", 1)
+    shards.benches[1].admit_all()
+    exchange.look()
+    assert len(nodes[1].drain_all()) == 2
+    for bench, name in zip(shards.benches, incarnations_of("n", SHARDS), strict=True):
+        bench.overdue(name)
+        assert bench.scripts.rescue("q", bench.fence, 10)[0] == 1
+        shards.register(bench, name, exchange)
+    assert (shards.idle(0), shards.idle(1)) == (set(), {0, 1})
 
 
-def evacuating(system: System) -> list[Any]:
-    affinity = system.affinity
-    system.node()
-    for tag in TAGS:
-        system.send(tag, 1, 2, 3)
-    copies = system.take()
-    for copy in copies.values():
-        assert copy.start() == 1
-    for tag in TAGS[:3]:
-        copies[tag].settle()
-    system.broker.lpush(system.pending, message(f"{TAGS[0]}-4"), message(f"{TAGS[3]}-4"))
-    found = [asdict(affinity.evacuate("q", 0.0, by="me")), told(system), system.on_the_broker()]
-    copies[TAGS[3]].settle()
-    found.append(system.drain_all())
-    found += [asdict(affinity.evacuate("q", 5.0, by="me")), told(system), system.on_the_broker()]
-    affinity.resume("q", by="me")
-    return [*found, told(system), system.on_the_broker()]
+def test_a_new_process_of_a_slot_leaves_it_to_the_shard_that_has_it(shards: Shards) -> None:
+    shards.lead()
+    shards.open(2)
+    calls = ShardedScripts({"n": shards.benches[0].scripts, "n-1": shards.benches[1].scripts})
+    for name in incarnations_of("n", SHARDS):
+        for slot in (0, 1):
+            calls.process_up(name, slot)
+    assert [shards.idle(0), shards.idle(1)] == [{0}, {1}]
 
 
-def message(name: str) -> str:
-    """One on the broker, as a producer sent it."""
-    bench = Bench(None, None)  # type: ignore[arg-type]
-    found: list[str] = []
-    bench.push = found.append  # type: ignore[method-assign, assignment]
-    tag, _, one = name.rpartition("-")
-    bench.send(tag, one)
-    return found[0]
+@pytest.mark.parametrize("seed", range(12))
+def test_a_slot_never_has_leases_in_two_shards(shards: Shards, seed: int) -> None:
+    """Whatever is lost on the way. In the end all tasks have run, those of a tag in order."""
+    rng = random.Random(seed)
+    shards.lead(batch=rng.choice([1, 3]))
+    nodes, exchange = shards.open(rng.choice([1, 2, 3]))
+    shards.fails = lambda: rng.choices(["", "before", "after"], [8, 1, 1])[0]
+    ran: dict[tuple[int, str], list[str]] = {}
+    sent = 0
+    running: list[tuple[int, Any]] = []
+    for step in range(250):
+        shard = rng.randrange(SHARDS)
+        if step < 150 and rng.random() < 0.4:
+            shards.benches[shard].send(rng.choice("abcd"), step)
+            shards.benches[shard].admit_all()
+            sent += 1
+        if (copy := nodes[shard].receive()) is not None:
+            assert copy.start() == 1
+            running.append((shard, copy))
+        if running and rng.random() < 0.6:
+            at, copy = running.pop(rng.randrange(len(running)))
+            ran.setdefault((at, copy.tag), []).append(copy.id)
+            assert copy.settle() != "stale"
+        if rng.random() < 0.4:
+            exchange.look()
+        assert not shards.leased(0) & shards.leased(1), f"after step {step}"
+        assert not (shards.leased(0) | shards.idle(0)) & (shards.leased(1) | shards.idle(1)) or exchange._moving
+    shards.fails = lambda: ""
+    for at, copy in running:
+        ran.setdefault((at, copy.tag), []).append(copy.id)
+        copy.settle()
+    for _ in range(60):
+        exchange.look()
+        for shard, node in enumerate(nodes):
+            while (copy := node.receive()) is not None:
+                ran.setdefault((shard, copy.tag), []).append(copy.id)
+                copy.run()
+    assert sum(map(len, ran.values())) == sent
+    for ids in ran.values():
+        assert ids == sorted(ids, key=lambda one: int(one.split("-")[1]))
 
 
-@pytest.mark.parametrize("story", [looking, pausing, steering, dead_letters, evacuating])
-def test_what_is_seen_and_done_of_three_shards_is_what_it_is_of_one(
-    system: Callable[[int], System], story: Story
-) -> None:
-    one, three = story(system(1)), story(system(3))
-    assert len(one) == len(three)
-    for step, (expected, found) in enumerate(zip(one, three, strict=True)):
-        assert found == expected, f"step {step}"
+# Tags and entries
 
 
-# Lists of tags
+def test_the_numbers_of_entries_are_unique_over_all_shards(shards: Shards) -> None:
+    shards.lead()
+    for bench in shards.benches:
+        bench.send("a", 1, 2)
+        bench.admit_all()
+    assert [shards.benches[n].backlog("a") for n in (0, 1)] == [
+        [1, 2], [ENTRIES_A_SHARD + 1, ENTRIES_A_SHARD + 2],
+    ]  # fmt: skip
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 24))
-def test_a_page_of_the_rings_begins_where_the_one_before_ended(sizes: list[int], skip: int) -> None:
-    rings = [[f"{at}:{place}".encode() for place in range(size)] for at, size in enumerate(sizes)]
-    whole = list(_across(rings))
-    first, left = _row(sizes, skip)
-    assert list(_across([ring[first:] for ring in rings]))[left:] == whole[skip:]
+def test_another_number_of_shards_is_refused_while_tasks_wait(shards: Shards) -> None:
+    bench = shards.benches[0]
+    bench.lead(shards=2)
+    limits = {"shards": 3, "max_batch_size": 10}
+    assert bench.scripts.configure("q", bench.fence, limits, {}) == 1, "it is empty"
+    bench.send("a", 1)
+    bench.admit_all()
+    assert bench.scripts.configure("q", bench.fence, {**limits, "shards": 2}, {}) == -2
+    assert bench.scripts.shards("q") == 3, "nothing was written"
 
 
-def test_pages_of_tags_of_all_shards_follow_each_other_without_gap_or_repeat(three: System) -> None:
-    tags = [f"t{n}" for n in range(20)]
-    three.node()
-    for tag in tags:
-        three.send(tag, 1)
-    running = set(three.take())
-    halted = [tag for tag in tags if tag not in running][-4:]
-    for tag in halted:
-        three.affinity.pause("q", tag)
-    pages = [three.affinity.tags("q", 3, skip=skip) for skip in range(0, 21, 3)]
-    found = [record.tag for page in pages for record in page]
-    assert sorted(found) == sorted(tags) and [len(page) for page in pages] == [3] * 6 + [2]
-    assert set(found[: len(running)]) == running and set(found[-4:]) == set(halted)
-    assert found == [record.tag for record in three.affinity.tags("q", 20)]
+def test_tags_are_spread_evenly_and_a_tag_never_changes_its_shard() -> None:
+    found = [shard_of(f"tenant-{n}", 4) for n in range(4000)]
+    assert all(900 < found.count(shard) < 1100 for shard in range(4))
+    assert [shard_of(tag, 8) for tag in ("company-123", "ü", "1", "eu:7")] == [0, 0, 4, 2]
 
 
-def test_the_longest_backlogs_are_those_of_all_shards(three: System) -> None:
-    for tag, count in zip(TAGS, (40, 2, 50, 60), strict=True):
-        three.send(tag, *range(count))
-    found = [(record.tag, record.waiting) for record in three.affinity.top_tags("q", 4)]
-    assert found == [(TAGS[3], 60), (TAGS[2], 50), (TAGS[0], 40), (TAGS[1], 2)]
-    assert [record.tag for record in three.affinity.top_tags("q", 2)] == [TAGS[3], TAGS[2]]
+def carry(shards: Shards, hub: Hub, fence: str | None = None) -> None:
+    """Carry until nothing is left, the term is over, or it dies. A dead one's connection breaks."""
+    sources: list[HubSource] = []
 
+    def connect() -> HubSource:
+        sources.append(hub.source())
+        return sources[-1]
 
-# Nodes, letters, figures
-
-
-def test_a_node_is_one_record_and_each_slot_is_told_by_the_shard_it_works_for(three: System) -> None:
-    three.node()
-    for tag in TAGS:
-        three.send(tag, 1)
-    three.parts[2].overdue("n-2", -5_000)
-    (record,) = three.affinity.workers()
-    assert (record.worker_id, record.name, record.queues) == ("n", "n@test", ("q",))
-    assert sorted(slot.current_identify_tag or "" for slot in record.slots) == ["", "", *sorted(TAGS)]
-    assert [slot.index for slot in record.slots] == list(range(SLOTS))
-    assert record.heartbeat_left_seconds < -4, "the least of all shards"
-    three.parts[1].scripts.occupy("n-1", 4, "an ordinary task")
-    (record,) = three.affinity.workers()
-    assert sum(slot.status == "running" for slot in record.slots) == 5
-
-
-def test_a_slot_that_is_seen_in_two_shards_has_its_later_lease(three: System) -> None:
-    """It went to another one between two looks."""
-    three.node()
-    three.send(TAGS[0], 1)
-    three.send(TAGS[2], 1)
-    (first, *_), (second, *_) = (
-        [slot for slot in three.affinity._shards.ledger(shard).workers([three.queue.parts[shard]])[0].slots if slot.epoch]
-        for shard in (0, 1)
+    spread = Spread(
+        [(bench.scripts, "q") for bench in shards.benches[1:]],
+        lambda raw: shard_in(raw, no_tag, False, SHARDS),
     )
-    assert _one_slot([first, replace(second, index=first.index)]).current_identify_tag == TAGS[2]
+    carrier = Carrier(shards.benches[0].scripts, "q", "q", connect, spread)
+    try:
+        carrier.run(fence or shards.benches[0].fence, threading.Event())
+    except Idle:
+        pass
+    finally:
+        for source in sources:
+            source.close()
 
 
-def test_names_of_a_node_in_its_shards_lead_back_to_it() -> None:
-    assert [incarnation_in("ab-1", shard) for shard in (0, 1, 12)] == ["ab-1", "ab-1-1", "ab-1-12"]
-    assert all(node_of(incarnation_in("ab-1", shard), shard) == "ab-1" for shard in range(13))
+NAMES = [f"{tag}-{n}" for n in range(3) for tag in "abcd"]
 
 
-def test_a_revoke_is_noted_in_each_shard(three: System) -> None:
-    ids = [f"{tag}-1" for tag in TAGS]
-    three.affinity._note_revoked(ids)
-    for part in three.parts:
-        noted = part.client.zrange(part.scripts.keys.prefix + "revoked", 0, -1)
-        assert sorted(one.decode() for one in noted) == sorted(ids)
-        assert part.client.hget(part.queue_key("conf"), "revoked") == b"1"
+def sharded(names: list[str]) -> list[list[str]]:
+    return [[n for n in names if shard_of(n.partition("-")[0], SHARDS) == s] for s in range(SHARDS)]
 
 
-def test_the_figures_of_a_queue_are_those_of_its_shards_together(system: Callable[[int], System]) -> None:
-    found = []
-    tags = [*TAGS, *(next(SECOND) for _ in range(3))]
-    for one in (system(1), system(3)):
-        one.node()
-        for tag in tags:
-            one.send(tag, *range(10))
-        for copy in one.take().values():
-            copy.run()
-        (figures,) = Measures(one.affinity._shards).read([one.queue], top=3)
-        assert [record.waiting for record in figures.top] == sorted(
-            (record.waiting for record in figures.top), reverse=True
-        )
-        found.append(figures)
-        part = one.parts[-1]
-        part.client.hincrby(part.queue_key("c"), "wait:5", 7)
-        part.client.hincrby(part.queue_key("c"), "wait:sum", 2000)
-        (again,) = Measures(one.affinity._shards).read([one.queue])
-        assert again.waits[-1][1] - figures.waits[-1][1] == 7 and again.waited - figures.waited == 2.0
-    one, three = found
-    for name in ("workers", "slots_a_worker", "slots_wanted", "workers_needed", "stopped"):
-        assert getattr(one, name) == getattr(three, name), name
-    assert one.totals["admitted"] == three.totals["admitted"] == 70
-    # Four of one shard's tags have two slots here, where those of the others idle.
-    assert (one.leases, one.startable) == (6, 1) and (three.leases, three.startable) == (5, 2)
-    assert (one.stats.idle_slots, three.stats.idle_slots) == (0, 1)
+def test_each_message_comes_into_the_shard_of_its_tag(shards: Shards) -> None:
+    shards.lead()
+    hub = Hub()
+    hub.publish(*NAMES)
+    carry(shards, hub)
+    for bench in shards.benches:
+        admit_all(bench)
+    assert [admitted(bench) for bench in shards.benches] == sharded(NAMES)
+    assert all(sharded(NAMES)), "the law is about several shards"
 
 
-def test_without_a_leader_of_one_shard_nobody_schedules_the_queue(three: System) -> None:
-    (figures,) = Measures(three.affinity._shards).read([three.queue])
-    assert figures.term is not None
-    bench = three.parts[1]
-    bench.client.delete(bench.queue_key("leader"))
-    (figures,) = Measures(three.affinity._shards).read([three.queue])
-    assert figures.term is None
-    found = [finding.found for finding in three.affinity.doctor() if finding.about == "queue 'q'"]
-    assert "nobody schedules shard 1 of it" in found
-    assert three.affinity.leader("q") is not None, "the first one's"
-
-
-def test_doctor_tells_of_a_server_once_and_of_a_shard_set_otherwise(three: System) -> None:
-    bench = three.parts[2]
-    bench.client.hset(bench.queue_key("conf"), "max_batch_size", 3)
-    findings = three.affinity.doctor()
-    assert [finding.about for finding in findings].count("Redis version") == 1
-    (ledger,) = [finding for finding in findings if finding.about == "ledger"]
-    assert ledger.found.endswith("3 shards") and ledger.verdict == "ok"
-    told = [(one.about, one.found) for one in findings if "max_batch_size 3" in one.found]
-    assert told == [("queue 'q' (shard 2)", "its leader goes by max_batch_size 3, this app declares 10")]
-
-
-# Crashes
-
-
-def test_nothing_of_any_shard_is_moved_while_something_runs_in_one(three: System) -> None:
-    for tag in TAGS:
-        three.send(tag, 1, 2)
-    three.node()
-    three.take()[TAGS[3]].start()
-    for node in three.nodes[:2]:
-        node.drain_all()
-    three.send(TAGS[0], 9)
-    for part in three.parts[:2]:
-        part.scripts.drain(three.nodes[part is three.parts[1]].name)
-    record = three.affinity.evacuate("q", 0.0)
-    assert (record.moved, record.done) == (0, False) and record.running > 0
-    assert all(part.scripts.is_evacuated(part.state) for part in three.parts)
-    assert three.on_the_broker() == {}
-
-
-@pytest.mark.parametrize("command", ["pause", "resume", "evacuate", "drain", "requeue_dead"])
-def test_a_command_that_dies_between_two_shards_is_finished_by_a_repeat(
-    three: System, command: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", range(1, 12))
+def test_a_carrier_that_dies_between_two_shards_loses_and_doubles_nothing(
+    shards: Shards, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    affinity = three.affinity
-    three.node()
-    for tag in TAGS:
-        three.send(tag, 1)
-    three.bury(*TAGS)
-    if command in ("pause", "evacuate"):
-        for tag in TAGS:
-            three.send(tag, 2)
-        three.drain_all()
-        affinity.drain("n")
-        for tag in TAGS:
-            three.send(tag, 3)
-    if command == "resume":
-        affinity.pause("q")
-        affinity.evacuate("q")
-    arguments = ("n",) if command == "drain" else ("q",)
-    done, steps = False, 0
-    while not done:
-        steps += 1
-        done = dies_at(steps, monkeypatch, lambda: getattr(affinity, command)(*arguments))
-        stopped = [part.scripts.is_evacuated(part.state) for part in three.parts]
-        assert stopped[0] or not any(stopped), "the carrier works, and a shard takes nothing in"
-    assert steps > 3
-    stats, (worker,) = affinity.stats("q"), affinity.workers()
-    assert stats.paused == (command == "pause") and stats.evacuated == (command == "evacuate")
-    assert worker.draining == (command in ("drain", "pause", "evacuate"))
-    if command == "requeue_dead":
-        assert (stats.dead, stats.entries) == (0, 4)
-        assert three.drain_all() == sorted(f"{tag}-1" for tag in TAGS)
-    if command == "evacuate":
-        # A batch that was published and not struck off comes again; the ledgers take it once.
-        assert {t: set(ids) for t, ids in three.on_the_broker().items()} == {
-            tag: {f"{tag}-3"} for tag in TAGS
-        }
+    shards.lead()
+    hub = Hub()
+    hub.publish(*NAMES)
+    calls, put = iter(range(1, 1000)), Carrier._put
 
-
-def dies_at(step: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> bool:
-    """Whether it was done before it came to that call of a script."""
-    calls, stock = iter(range(1, 10_000)), OperatorScripts._call
-
-    def call(self: OperatorScripts, name: str, *args: Any, **options: Any) -> Any:
+    def dying(self: Carrier, *args: Any) -> Any:
+        answer = put(self, *args)
         if next(calls) == step:
             raise Died
-        return stock(self, name, *args, **options)
+        return answer
 
-    with monkeypatch.context() as dying:
-        dying.setattr(OperatorScripts, "_call", call)
-        try:
-            act()
-        except Died:
-            return False
-    return True
+    monkeypatch.setattr(Carrier, "_put", dying)
+    try:
+        carry(shards, hub)
+    except Died:
+        pass
+    shards.benches[0].scripts.resign("q", shards.benches[0].fence)
+    shards.benches[0].lead(candidate="leader/2", shards=SHARDS)
+    carry(shards, hub)
+    for bench in shards.benches:
+        admit_all(bench)
+    assert [admitted(bench) for bench in shards.benches] == sharded(NAMES)
+    assert hub.waiting == []
 
 
-def test_what_a_shard_has_already_is_not_given_back_again(three: System) -> None:
-    """A carrier died between two shards' inboxes; then the queue was evacuated: each message is on the
-    broker once more at the most, and the ledgers take each once."""
-    for tag in TAGS:
-        three.send(tag, 1)
-    source = three.affinity.delivery.broker.source(three.pending)  # type: ignore[union-attr]
-    three.broker.lpush(three.pending, message(f"{TAGS[0]}-2"), message(f"{TAGS[3]}-2"))
-    taken = source.take(10, 1.0)
-    assert len(taken) == 2
-    first = three.parts[0]
-    first.scripts.carry("q", "token", first.fence, taken[:1], 60_000, 100, 3)
-    source.close()
-    assert three.affinity.evacuate("q").done
-    found = three.on_the_broker()
-    assert found == {TAGS[0]: [f"{TAGS[0]}-1", f"{TAGS[0]}-2"], TAGS[1]: [f"{TAGS[1]}-1"],
-                     TAGS[2]: [f"{TAGS[2]}-1"], TAGS[3]: [f"{TAGS[3]}-1", f"{TAGS[3]}-2"]}  # fmt: skip
+def test_a_superseded_carrier_puts_nothing_into_any_shard(shards: Shards) -> None:
+    shards.lead()
+    superseded = shards.benches[0].fence.rpartition(" ")[2]
+    shards.benches[0].scripts.resign("q", shards.benches[0].fence)
+    shards.benches[0].lead(candidate="leader/2", shards=SHARDS)
+    carry(shards, Hub())  # takes nothing, but has told its term
+    taken = [Taken(message("b-1"), "one", False, None)]
+    answer = shards.benches[1].scripts.carry("q", "late", superseded, taken, 60_000, 100, SHARDS)
+    assert answer[0] == -1
+    assert shards.benches[1].scripts.inbox_length("q") == 0
+
+
+def test_a_carrier_of_another_number_of_shards_carries_nothing(shards: Shards) -> None:
+    shards.lead()
+    taken = [Taken(message("b-1"), "one", False, None)]
+    first = shards.benches[0]
+    assert first.scripts.carry("q", "t", first.fence, taken, 60_000, 100, 3) == (-3, SHARDS)
+    assert first.scripts.inbox_length("q") == 0
+    assert "Set shards=2 again" in str(ShardsError("q", SHARDS, 3))

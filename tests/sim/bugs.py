@@ -39,7 +39,7 @@ class OnceOnlyGate(Gate):
     """Vacates a slot once, also if the ledger could not be reached."""
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
-        if "vacate" in call.__code__.co_names:
+        if getattr(getattr(call, "func", None), "__name__", "") == "vacate":
             return self._briefly(call)
         return super()._patiently(call)
 

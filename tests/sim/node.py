@@ -318,7 +318,7 @@ class Node(Group):
             refusal=lambda _: REFUSED,
             queue_names={STATE: "q"},
             node=self.name,
-            incarnation=self.inc,
+            incarnations=[self.inc],
             slot=None if self.threads else proc.index,
             in_process=self.threads,
             ordinary=True,

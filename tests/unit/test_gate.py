@@ -65,7 +65,7 @@ def gate_of(ledger: Ledger, monkeypatch: pytest.MonkeyPatch, slot: int | None = 
         monkeypatch.setattr(module, "seconds", lambda: ledger.now)
     return Gate(
         connect=lambda: ledger,  # type: ignore[arg-type, return-value]
-        refusal=lambda text: text, queue_names={}, node="w1", incarnation="inc", slot=slot,
+        refusal=lambda text: text, queue_names={}, node="w1", incarnations=["inc"], slot=slot,
         in_process=False, ordinary=True, trust_seconds=5.0,
     )
 

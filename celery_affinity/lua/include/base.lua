@@ -58,7 +58,7 @@
 --   w:<inc>:info       hash    name, state, depth, slots, cap (most slots it ever had), queues, junk,
 --                              change (number of its last change of queues or slots), beat
 --   w:<inc>:idle       set     free slots;  leased: set;  busy: hash, token -> slot of an
---                              ordinary task ("-": owed);  owed: list of such tokens;
+--                              ordinary task ("-": owed), or of another shard ("away:<slot>");  owed: list of such tokens;
 --                              out: list, dispatched, to be published on another broker (relay.py);
 --                              lacks: set, names of tasks that it turned out not to know
 --   s:<inc>:<slot>     hash    the slot's lease and the answer to its last settle; discarded: the last
@@ -97,13 +97,14 @@ local function conf(q)
   if not c then
     local v = redis.call('HMGET', queue_key(q, 'conf'), 'max_batch_size', 'tag_concurrency',
       'mapped', 'max_deliveries', 'warm_tags', 'evac', 'revoked', 'lacking', 'batch_ms', 'bury_lost',
-      'warm_wait', 'ordered', 'failure', 'halts', 'paused', 'moving', 'marks', 'batches')
+      'warm_wait', 'ordered', 'failure', 'halts', 'paused', 'moving', 'marks', 'batches', 'shards')
     c = {batch = tonumber(v[1] or 10), concurrency = tonumber(v[2] or 1), mapped = v[3] == '1',
       deliveries = tonumber(v[4] or 3), warm = tonumber(v[5] or 1000), stopped = v[6] and true,
       revoked = v[7] and true, lacking = v[8] and true, batch_ms = tonumber(v[9] or 0),
       bury_lost = v[10] == '1', warm_wait = tonumber(v[11] or 0), ordered = tonumber(v[12] or 0),
       failure = tonumber(v[13] or 0), halts = v[14] and true, still = (v[6] or v[15]) and true,
-      moving = v[16] and true, marks = v[17] and true, batches = v[18]}
+      moving = v[16] and true, marks = v[17] and true, batches = v[18],
+      sharded = tonumber(v[19] or 1) > 1}
     CONF[q] = c
   end
   return c

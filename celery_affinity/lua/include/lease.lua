@@ -66,6 +66,11 @@ local function is_full(l)
   return l.n >= c.batch or (c.batch_ms > 0 and NOW - l.opened >= c.batch_ms)
 end
 
+-- Whether the lease's slot is to go to another shard (slot_exchange.py).
+local function is_lent(l)
+  return conf(l.q).sharded and redis.call('HEXISTS', worker_key(l.inc, 'busy'), 'away:' .. l.i) == 1
+end
+
 -- Whether a worker turned out not to know the task that this tag waits for.
 local function lacks(q, tag, inc)
   if not conf(q).lacking then return false end
@@ -131,14 +136,14 @@ end
 
 -- Dispatch entries of the lease's tag until it has its share out: two where the slot is a process,
 -- one else, for a tag with several leases and behind a batch task. Past its share only while no other
--- tag waits. A lease of more than the tag may have now (limit; its cn is 0) gets nothing.
+-- tag, and no other shard, waits. A lease of more than the tag may have now (limit; its cn is 0) gets nothing.
 local function pump(l, w)
   if conf(l.q).still or l.cn == 0 or not serves(w, l.q, l.i) then return 0 end
   if on_hold(l.q, l.tag) or barred(l.q, l.tag, l.inc) or not keep_to_limit(l) then return 0 end
   local depth = l.depth or (l.cn > 1 and 1 or w.depth)
   local sent = 0
   while #l.out < depth do
-    if is_full(l) and others_wait(w) then break end
+    if is_full(l) and (others_wait(w) or is_lent(l)) then break end
     if l.out[1] and takes_more(l) then break end
     if l.cn > 1 and redis.call('SISMEMBER', queue_key(l.q, 'unst'), l.tag) == 1 then break end
     local entry = redis.call('LPOP', backlog_key(l.q, l.tag))

@@ -1,0 +1,27 @@
+"""A node's calls where it serves several shards: each goes to the shard that it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from celery_affinity.scripts import Scripts
+
+__all__ = ("ShardedScripts",)
+
+
+class ShardedScripts(Scripts):
+    """The scripts of several ledgers as one.
+
+    Arguments:
+        by_word: For each incarnation of the node, and each queue's state name, the ledger that has
+            it. Every call that a node makes about a task begins with one of the two.
+    """
+
+    def __init__(self, by_word: Mapping[str, Scripts]) -> None:
+        first = next(iter(by_word.values()))
+        super().__init__(first.client, first.keys)
+        self._by_word = dict(by_word)
+
+    def _call(self, name: str, *args: object, lists: Sequence[str] = ()) -> Any:
+        return self._by_word[str(args[0])]._call(name, *args, lists=lists)

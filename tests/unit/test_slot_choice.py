@@ -1,0 +1,78 @@
+"""Which slot of a node goes to which shard next."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from celery_affinity.node_scripts import Demand
+from celery_affinity.slot_exchange import choose
+
+
+def demand(ready: int = 0, free: int = 0, held: int = 0, idle: tuple[int, ...] = (), leased: tuple[int, ...] = ()) -> Demand:
+    return Demand(ready, free, held, frozenset(idle), frozenset(leased), frozenset())
+
+
+def test_nothing_moves_while_no_tag_waits() -> None:
+    assert choose({0: demand(idle=(0,)), 1: demand(idle=(1,))}, {0: 0, 1: 1}, {}) is None
+
+
+def test_a_free_slot_moves_to_the_shard_whose_tags_wait() -> None:
+    demands = {0: demand(idle=(0, 1), free=2), 1: demand(ready=3, held=1)}
+    assert choose(demands, {0: 0, 1: 0}, {}) == (0, 1)
+
+
+def test_no_slot_moves_to_a_shard_that_has_free_ones_or_for_a_tag_that_gets_one() -> None:
+    assert choose({0: demand(idle=(0,)), 1: demand(ready=1, free=1)}, {0: 0}, {}) is None
+    assert choose({0: demand(idle=(0,)), 1: demand(ready=1)}, {0: 0}, {1: 1}) is None
+
+
+def test_a_shard_with_more_slots_gives_one_up_but_never_so_that_it_then_has_fewer() -> None:
+    busy = demand(ready=9, held=3, leased=(0, 1, 2))
+    assert choose({0: busy, 1: demand(ready=9, held=1)}, {0: 0, 1: 0, 2: 0, 3: 1}, {}) == (0, 1)
+    assert choose({0: busy, 1: demand(ready=9, held=1)}, {0: 0, 1: 0, 3: 1}, {}) is None
+
+
+def test_a_shard_without_any_lease_gets_the_only_slot_there_is() -> None:
+    assert choose({0: demand(ready=9, held=1, leased=(0,)), 1: demand(ready=1)}, {0: 0}, {}) == (0, 1)
+    assert choose({0: demand(ready=9, held=1, leased=(0,)), 1: demand(ready=1, held=1)}, {0: 0}, {}) is None
+
+
+def test_a_shard_that_does_not_answer_neither_gives_nor_gets() -> None:
+    assert choose({1: demand(ready=1)}, {0: 0}, {}) is None
+
+
+@given(
+    shards=st.integers(2, 4), slots=st.integers(1, 6), ready=st.lists(st.integers(0, 9), min_size=4, max_size=4), seed=st.randoms()
+)
+def test_moves_come_to_an_end_and_leave_no_shard_with_waiting_tags_without_a_slot_if_there_are_enough(
+    shards: int, slots: int, ready: list[int], seed: object
+) -> None:
+    owner = {slot: seed.randrange(shards) for slot in range(slots)}  # type: ignore[attr-defined]
+    for _ in range(100):
+        has = Counter(owner.values())
+        # Each slot of a shard whose tags wait has one of them.
+        demands = {
+            shard: demand(
+                ready=max(0, ready[shard] - has[shard]),
+                held=min(has[shard], ready[shard]),
+                idle=tuple(slot for slot, at in owner.items() if at == shard and not ready[shard]),
+                free=0 if ready[shard] else has[shard],
+            )
+            for shard in range(shards)
+        }
+        move = choose(demands, owner, {})
+        if move is None:
+            break
+        slot, new = move
+        assert owner[slot] != new
+        owner[slot] = new
+    else:
+        # Fewer slots than shards that wait: they take turns.
+        assert slots < sum(1 for n in ready[:shards] if n)
+        return
+    if slots >= shards:
+        has = Counter(owner.values())
+        assert all(has[shard] for shard in range(shards) if ready[shard])
