@@ -425,6 +425,24 @@ def test_doctor_tells_of_a_server_once_and_of_a_shard_set_otherwise(three: Syste
     assert told == [("queue 'q' (shard 2)", "its leader goes by max_batch_size 3, this app declares 10")]
 
 
+# Another number of shards
+
+
+def test_the_number_of_shards_does_not_change_while_there_are_dead_letters(three: System) -> None:
+    """A requeued one would join another shard than the rest of its tag."""
+    three.node()
+    three.send(TAGS[3], 1)
+    three.bury(TAGS[3])
+    part = three.parts[2]
+    assert not part.scripts.is_empty(part.state)
+    limits = {**three.queue.parts[2].limits, "shards": 4}
+    assert part.scripts.configure(part.state, part.fence, limits, {}) == -2
+    three.affinity.requeue_dead("q")
+    three.drain_all()
+    assert part.scripts.is_empty(part.state)
+    assert part.scripts.configure(part.state, part.fence, limits, {}) == 1
+
+
 # Crashes
 
 
