@@ -105,8 +105,16 @@ class Console:
         return str(found[-1].worker)
 
 
-@pytest.fixture(scope="module")
-def console(server_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(1, id="one-shard"),
+        pytest.param(3, id="three-shards", marks=pytest.mark.long),
+    ],
+)
+def console(
+    request: pytest.FixtureRequest, server_binary: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Console]:
     where = tmp_path_factory.mktemp("console")
     gates = where / "gates"
     gates.mkdir()
@@ -114,6 +122,7 @@ def console(server_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         for name, value in (
             (BROKER_VARIABLE, server.url()), (RESULTS_VARIABLE, "1"), (GATES_VARIABLE, str(gates)),
             (HISTORY_VARIABLE, str(where / "history.jsonl")), ("TMPDIR", str(where)), *QUICK.items(),
+            ("AFFINITY_TEST_QUEUE", json.dumps({"shards": request.param})),
         ):  # fmt: skip
             patch.setenv(name, value)
         patch.setattr(tempfile, "tempdir", str(where))
