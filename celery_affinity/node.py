@@ -126,6 +126,7 @@ class Node:
             self._queue_abroad,
             self.reporter.held,
             lambda stamp, reason: self.reporter.discard(stamp, "bury", reason),
+            partial(internals.connect_anew, self._worker),
         )
 
     def _queue_abroad(self, state: str) -> str | None:

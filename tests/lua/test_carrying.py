@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -449,10 +450,12 @@ class Relayed:
         self.node: Node = bench.opening(*ids)
         self.held = Held()
         self.buried: list[tuple[Stamp, str]] = []
+        self.missing: list[set[str]] = []
         hub.queues["wq"] = []
         self.relay = Relay(
             bench.client, self.node.list, hub.outlet, lambda state: "wq" if state == "q" else None,
             self.held, lambda stamp, reason: self.buried.append((stamp, reason)),
+            lambda queues: self.missing.append(set(queues)),
         )
 
     def once(self) -> bool:
@@ -550,6 +553,22 @@ def test_a_message_for_a_queue_that_is_not_declared_stays_in_the_outbox(relayed:
     relayed.hub.queues["wq"] = []
     assert relayed.once()
     assert len(relayed.arrivals()) == 1
+
+
+def test_a_queue_that_stays_away_is_told_of_from_time_to_time(
+    relayed: Relayed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("celery_affinity.relay.MISSING_SECONDS", 0.2)
+    queue = relayed.hub.queues.pop("wq")
+    assert not relayed.once() and not relayed.missing, "it may be about to be declared"
+    told = time.monotonic()
+    for _ in range(2):
+        before = len(relayed.missing)
+        wait_until(lambda: relayed.once() or len(relayed.missing) > before, what="a word")
+    assert relayed.missing == [{"wq"}, {"wq"}] and time.monotonic() - told >= 0.4
+    relayed.hub.queues["wq"] = queue
+    assert relayed.once()
+    assert len(relayed.missing) == 2
 
 
 def test_a_message_that_the_client_cannot_send_is_buried_and_holds_up_no_other(bench: Bench, hub: Hub) -> None:
