@@ -311,7 +311,7 @@ def connect_anew(worker: Any, queues: Iterable[str]) -> None:
     """Have a worker that takes itself for a consumer of one of these queues connect anew.
 
     For queues that are not there: Celery 5.7 does not hear the broker cancel a consumer while its
-    event loop begins (`loops._quick_drain`), and would consume nothing for ever. Safe in any thread.
+    event loop begins (`loops._quick_drain`), and would consume nothing for ever. For any thread.
     """
     try:
         tasks, connection = worker.consumer.task_consumer, worker.consumer.connection

@@ -12,8 +12,8 @@ broker's connection is lost or `UNDER_WAY_SECONDS` are over
 (test_while_the_broker_is_away_no_message_is_sent_again_and_again).
 
 A worker queue that is deleted under its consumer (by the leader, when it gave up a node that comes
-back) is declared again when the consumer connects anew. Celery may not notice; then the relay has it
-do so (test_both_workers_given_up_while_they_start_run_again).
+back) is declared again when the consumer connects anew. Celery may not notice; then the relay has
+it do so (test_both_workers_given_up_while_they_start_run_again).
 
 Crash windows:
 
@@ -155,10 +155,9 @@ class Relay:
             for stamp, is_there in zip(stamps, went or [False] * len(stamps), strict=True):
                 if not is_there:
                     self._held.unsent(stamp)
-        self._note_missing(
-            {q for (_, q, _), there in zip(messages, went, strict=False) if not there}
-        )
-        done += [raw for (_, _, raw), is_there in zip(messages, went, strict=False) if is_there]
+        published = list(zip(messages, went, strict=False))
+        self._note_missing({queue for (_, queue, _), is_there in published if not is_there})
+        done += [raw for (_, _, raw), is_there in published if is_there]
         if done:
             self._remove(done)
         return len(done) == len(raws)

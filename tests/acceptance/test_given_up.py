@@ -28,16 +28,14 @@ def is_frozen(node: Node) -> bool:
 @pytest.mark.parametrize(
     "freezes", ["registered", "noted", "declared", "started", "consuming", "looping", "relaying"]
 )
-@pytest.mark.parametrize("sent", ["before", "after"])
 @pytest.mark.parametrize("broker", [CLASSIC], indirect=True)
 def test_both_workers_given_up_while_they_start_run_again(
     cluster: Cluster, rabbit: RabbitServer, server: Server, history_path: Path, freezes: str,
-    comes_back: str, sent: str,
+    comes_back: str,
 ) -> None:
     cluster.beat(APP, environ=QUICK).wait_ready()
     producer = Producer(cluster.broker_url)
-    if sent == "before":
-        producer.send_each(TAGS, 3)
+    producer.send_each(TAGS, 3)
     environ = {**QUICK, **WORKER_ONLY, "AFFINITY_TEST_FREEZES": freezes}
     workers = [
         cluster.worker(FREEZING, name, queues="jobs", environ=environ, extra=LEAN)
