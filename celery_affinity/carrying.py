@@ -199,17 +199,15 @@ def give_back(scripts: Scripts, state: str, source: Source) -> int:
 
 def _gather(scripts: Scripts, state: str, source: Source) -> None:
     """Put what is younger behind what is given back."""
+
+    def set_aside(taken: list[Taken]) -> bool:
+        return scripts.set_aside(state, taken, int(TOMBSTONE_SECONDS * 1000), TOMBSTONES)
+
     client: Any = scripts.client
-    back, inbox = scripts.keys.back(state), scripts.keys.inbox(state)
-    while client.lmove(inbox, back, "RIGHT", "LEFT") is not None:
-        pass
-    if not client.exists(back):
+    if not set_aside([]) or not client.exists(scripts.keys.back(state)):
         return
     for _ in range(100_000 // BATCH):
         younger = source.take(BATCH, WAIT_SECONDS)
-        if not younger:
-            return
-        kept_ms = int(TOMBSTONE_SECONDS * 1000)
-        if not scripts.set_aside(state, uuid4().hex, younger, kept_ms, TOMBSTONES):
+        if not younger or not set_aside(younger):
             return
         source.done(younger)

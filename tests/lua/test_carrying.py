@@ -412,12 +412,20 @@ def test_what_was_taken_off_the_broker_stays_there_if_the_queue_is_resumed_meanw
     bench: Bench, hub: Hub
 ) -> None:
     taken = [Taken(message("a-1"), "i", False, None)]
-    assert not bench.scripts.set_aside("q", "t1", taken, 60_000, 10)
+    assert not bench.scripts.set_aside("q", taken, 60_000, 10)
     assert not left_of_it(bench)
+
+
+def test_what_is_set_aside_stands_behind_the_inbox_each_once_also_after_a_lost_reply(bench: Bench) -> None:
+    back, inbox = bench.scripts.keys.back("q"), bench.scripts.keys.inbox("q")
     bench.client.hset(bench.queue_key("conf"), "evac", "1")
-    for _ in range(2):  # the second is the first one's repeat, after a lost reply
-        assert bench.scripts.set_aside("q", "t2", taken, 60_000, 10)
-    assert bench.client.llen(bench.scripts.keys.back("q")) == 1
+    bench.client.lpush(inbox, *"abcde")
+    request = ("set_aside", "q", "token", 60_000, 10, 2, "i", "", "f")
+    answers = [bench.scripts._call(*request) for _ in range(4)]
+    assert answers == [2, 2, 1, 1]
+    assert bench.client.lrange(back, 0, -1)[::-1] == [name.encode() for name in "abcdef"]
+    assert bench.scripts.set_aside("q", [Taken(b"f", "i", True, None)], 60_000, 10)
+    assert bench.client.llen(back) == 6
 
 
 def test_a_batch_that_is_given_back_ends_by_its_own_name_only(bench: Bench) -> None:
