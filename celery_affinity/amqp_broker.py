@@ -12,26 +12,30 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
-from uuid import uuid4
 
 from amqp import Message
+from amqp.exceptions import NotFound
 from kombu import Queue
 
-from celery_affinity.broker import Taken, UnusableMessage
+from celery_affinity.broker import OutOfSight, Taken, UnusableMessage
 from celery_affinity.forks import close_in_children
 from celery_affinity.message import ROUTE_HEADER
 from celery_affinity.topology import WorkerQueue
 
-__all__ = ("AmqpBroker", "AmqpOutlet", "AmqpSource", "enveloped", "unwrapped")
+__all__ = ("AmqpBroker", "AmqpOutlet", "AmqpSight", "AmqpSource", "enveloped", "unwrapped")
 
 #: Messages that RabbitMQ hands out before it is told what is done.
 PREFETCH = 200
 #: Seconds for an answer of RabbitMQ, confirms too (while its memory alarm is on there are none).
 ANSWER_SECONDS = 10.0
+#: Seconds for an answer to somebody who only looks.
+LOOK_SECONDS = 2.0
 #: Headers with which RabbitMQ counts deliveries: they differ between copies of one message.
 COUNTERS = frozenset(("x-delivery-count", "x-acquired-count"))
 #: Properties that a message keeps on its way. (An expiration would be that of its way only.)
 KEPT = frozenset(("correlation_id", "reply_to", "priority", "message_id", "type", "app_id"))
+#: What the ids of messages begin with that an evacuation gave back: two of one id are copies.
+GIVEN_BACK = "celery-affinity-"
 
 #: Opens a kombu connection with these keyword arguments.
 Connect = Callable[..., Any]
@@ -67,6 +71,10 @@ class AmqpBroker:
         """Connect to publish into worker queues."""
         return AmqpOutlet(_open(self._connect, 0))
 
+    def sight(self) -> AmqpSight:
+        """Connect to look at pending queues."""
+        return AmqpSight(_open(self._connect, 0, LOOK_SECONDS, LOOK_SECONDS))
+
     def worker_queue(self, name: str, before_declare: Callable[[], None] | None) -> Queue:
         """A queue that expires. Durable, as RabbitMQ 4 advises against queues that are not."""
         queue = WorkerQueue(
@@ -76,17 +84,26 @@ class AmqpBroker:
         return queue
 
 
-def _open(connect: Connect, heartbeat: int) -> Any:
+def _open(
+    connect: Connect,
+    heartbeat: int,
+    seconds: float = ANSWER_SECONDS,
+    connect_seconds: float | None = None,
+) -> Any:
+    """Connect; `connect_seconds` of None is what the app's settings say."""
     connection = connect(
         heartbeat=heartbeat,
+        connect_timeout=connect_seconds,
         transport_options={
             # Ours are counted for many messages at once.
             "confirm_publish": False,
-            "read_timeout": ANSWER_SECONDS,
-            "write_timeout": ANSWER_SECONDS,
+            "read_timeout": seconds,
+            "write_timeout": seconds,
         },
     )
-    connection.ensure_connection(max_retries=2, interval_start=0, interval_step=0.2)
+    connection.ensure_connection(
+        max_retries=2, interval_start=0, interval_step=0.2, timeout=connect_seconds
+    )
     close_in_children(connection.connection.sock)
     return connection
 
@@ -120,9 +137,8 @@ class AmqpSource:
     def _receive(self, message: Any) -> None:
         raw, identity = enveloped(message)
         info = message.delivery_info
-        self._received.append(
-            Taken(raw, identity, bool(info.get("redelivered")), info["delivery_tag"])
-        )
+        again = info.get("redelivered") or _is_given_back(message)
+        self._received.append(Taken(raw, identity, bool(again), info["delivery_tag"]))
 
     def take(self, most: int, seconds: float) -> list[Taken]:
         """Wait for a message, and take what has arrived with it."""
@@ -141,12 +157,15 @@ class AmqpSource:
         """Ack all these, in one go."""
         self._channel.basic_ack(taken[-1].handle, multiple=True)
 
-    def give_back(self, raws: Sequence[bytes]) -> None:
+    def give_back(self, raws: Sequence[bytes], identities: Sequence[str]) -> None:
         """Publish copies that are messages of their own: with another identity, due anew."""
         if self._publishing is None:
             self._publishing = _Confirmed(self._connection)
         name = self._queue.name
-        messages = [(name, unwrapped(raw, durable=True, message_id=str(uuid4()))) for raw in raws]
+        messages = [
+            (name, unwrapped(raw, durable=True, message_id=GIVEN_BACK + identity))
+            for raw, identity in zip(raws, identities, strict=True)
+        ]
         if not all(self._publishing.publish(messages)):
             raise OSError(f"queue {name!r} is not there")
 
@@ -183,6 +202,37 @@ class AmqpOutlet:
         """Delete queues, whether they are there or not."""
         for name in worker_queues:
             self._publishing.channel.queue_delete(name)
+
+    def close(self) -> None:
+        """Hang up."""
+        _hang_up(self._connection)
+
+
+class AmqpSight:
+    """Counts what waits in queues."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def waiting(self, pending: str) -> int:
+        """Ask by a declaration that declares nothing."""
+        channel = None
+        try:
+            channel = self._connection.channel()
+            return int(channel.queue_declare(pending, passive=True).message_count)
+        except NotFound:
+            return 0  # which has closed the channel
+        except Exception:
+            # Hang up without a word: the broker may not answer one.
+            self._connection.connection.collect()
+            raise
+        finally:
+            if channel is not None and channel.is_open:
+                channel.close()
+
+    def find(self, pending: str, task_id: str) -> int | None:
+        """RabbitMQ has no way to read a message without taking it."""
+        raise OutOfSight("RabbitMQ shows nobody what waits in a queue")
 
     def close(self) -> None:
         """Hang up."""
@@ -235,6 +285,10 @@ class _Confirmed:
 
     def _on_return(self, error: Exception, exchange: str, routing_key: str, message: Any) -> None:
         self._returned.add(routing_key)
+
+
+def _is_given_back(message: Any) -> bool:
+    return str(message.properties.get("message_id") or "").startswith(GIVEN_BACK)
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-__all__ = ("Broker", "Outlet", "Source", "Taken", "UnusableMessage")
+__all__ = ("Broker", "OutOfSight", "Outlet", "Sight", "Source", "Taken", "UnusableMessage")
 
 
 class UnusableMessage(Exception):
@@ -18,6 +18,10 @@ class UnusableMessage(Exception):
     def __init__(self, at: int, error: Exception) -> None:
         super().__init__(f"{type(error).__name__}: {error}"[:1000])
         self.at = at
+
+
+class OutOfSight(Exception):
+    """What waits on the broker cannot be seen; the text says why, for people."""
 
 
 class Taken(NamedTuple):
@@ -47,8 +51,13 @@ class Source(Protocol):
         """Take all these off the broker; they are all that were handed out."""
         ...
 
-    def give_back(self, raws: Sequence[bytes]) -> None:
-        """Publish these as plain Celery messages; the broker has them when it returns."""
+    def give_back(self, raws: Sequence[bytes], identities: Sequence[str]) -> None:
+        """Publish these as plain Celery messages; the broker has them when it returns.
+
+        Arguments:
+            identities: What `take` tells two copies of one message by: each is a message of its own
+                with another identity than it had, and has the same one if it is given back again.
+        """
         ...
 
     def delete(self, worker_queues: Sequence[str]) -> None:
@@ -83,6 +92,30 @@ class Outlet(Protocol):
         ...
 
 
+class Sight(Protocol):
+    """A connection that looks at pending queues and changes nothing. One thread at a time.
+
+    Its answers take a few seconds at most. All methods but `close` raise whatever the broker's
+    client does; the caller closes it then.
+    """
+
+    def waiting(self, pending: str) -> int:
+        """Messages of a pending queue that are handed out to nobody; 0 if it is not there."""
+        ...
+
+    def find(self, pending: str, task_id: str) -> int | None:
+        """Place of a task's message in its list, the oldest being 1; None if it is not there.
+
+        Raises:
+            OutOfSight: If the broker shows nobody what waits.
+        """
+        ...
+
+    def close(self) -> None:
+        """Hang up. Does not raise."""
+        ...
+
+
 class Broker(Protocol):
     """Where producers publish and workers consume, if that is not the ledger's Redis."""
 
@@ -92,6 +125,10 @@ class Broker(Protocol):
 
     def outlet(self) -> Outlet:
         """Connect to publish into worker queues."""
+        ...
+
+    def sight(self) -> Sight:
+        """Connect to look at pending queues."""
         ...
 
     def worker_queue(self, name: str, before_declare: Callable[[], None] | None) -> Any:

@@ -19,8 +19,11 @@ Crash windows:
   (test_a_superseded_carrier_puts_nothing_into_any_shard).
 - between two shards' inboxes: nothing is done yet, so all comes again, and each shard knows its own
   (test_a_carrier_that_dies_between_two_shards_loses_and_doubles_nothing).
-- give_back: between publish and removal the message is given back twice: plain Celery's delivery is
-  at least once (test_what_is_evacuated_goes_back_to_the_broker_in_order).
+- give_back, between set_aside.lua and done: as between carry.lua and done.
+- give_back, between publish and the next give.lua: who goes on publishes that batch again, with the
+  same identities; their tombstones drop it once the queue is resumed
+  (test_an_evacuation_that_dies_between_any_two_calls_gives_each_message_back_once). Plain Celery
+  has no tombstones: there a message of that batch, of BATCH at most, runs twice.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-from uuid import uuid4
+from typing import NamedTuple
+from uuid import UUID, uuid4, uuid5
 
 from redis.exceptions import OutOfMemoryError, RedisError
 
@@ -147,7 +150,7 @@ class Carrier:
 
     def _carry(self, fence: str, source: Source, taken: list[Taken], over: threading.Event) -> None:
         carried = waiting = 0
-        for shard, part in self._routed(taken).items():
+        for shard, part in routed(taken, self._spread).items():
             done, length = self._put(shard, fence, part)
             if done == -1:
                 raise _Over
@@ -165,14 +168,6 @@ class Carrier:
         self._full = False
         while waiting > ENOUGH and not over.wait(0.05):
             waiting = max(scripts.inbox_length(state) for scripts, state in self._shards)
-
-    def _routed(self, taken: list[Taken]) -> dict[int, list[Taken]]:
-        if self._spread is None:
-            return {0: taken}
-        found: dict[int, list[Taken]] = {}
-        for one in taken:
-            found.setdefault(self._spread.route(one.raw), []).append(one)
-        return found
 
     def _put(self, shard: int, fence: str, taken: list[Taken]) -> tuple[int, int]:
         """Into one shard's inbox. Returns (carried, its length) as carry.lua does."""
@@ -239,26 +234,58 @@ def sweep(scripts: Scripts, state: str, source: Source) -> None:
         scripts.forget_abroad(state, gone)
 
 
-def give_back(scripts: Scripts, state: str, source: Source) -> int:
-    """Publish on the broker what an evacuation has put into a list; returns how many.
+def give_back(scripts: Scripts, state: str, source: Source, spread: Spread | None = None) -> int:
+    """Publish on the broker what an evacuation has put into lists; returns how many.
 
-    What has arrived since, in the inbox and on the broker, is younger: it goes behind them.
+    What has arrived since, in the inboxes and on the broker, is younger: it goes behind them. (Not
+    again once a part is published: what is on the broker then is that part, too.)
     """
-    client: Any = scripts.client
-    back, inbox = scripts.keys.back(state), scripts.keys.inbox(state)
-    while client.lmove(inbox, back, "RIGHT", "LEFT") is not None:
-        pass
-    if not client.exists(back):
-        return 0
+    shards = [(scripts, state), *(spread.others if spread else ())]
+    if not any(scripts.is_being_given(state) for scripts, state in shards):
+        _gather(shards, source, spread)
+    return sum(_publish(scripts, state, source) for scripts, state in shards)
+
+
+def _publish(scripts: Scripts, state: str, source: Source) -> int:
+    moved, done = 0, ""
+    while True:
+        name, raws = scripts.give(state, done, uuid4().hex, BATCH)
+        if not name:
+            return moved
+        source.give_back(raws, [uuid5(UUID(name), str(at)).hex for at in range(len(raws))])
+        moved += len(raws)
+        done = name
+
+
+def _gather(
+    shards: Sequence[tuple[Scripts, str]], source: Source, spread: Spread | None
+) -> None:
+    """Put what is younger behind what is given back."""
+
+    def set_aside(parts: dict[int, list[Taken]]) -> bool:
+        """Whether the queue is still evacuated, in all of these shards."""
+        for shard, taken in parts.items():
+            scripts, state = shards[shard]
+            if not scripts.set_aside(state, taken, int(TOMBSTONE_SECONDS * 1000), TOMBSTONES):
+                return False
+        return True
+
+    if not set_aside({shard: [] for shard in range(len(shards))}):
+        return
+    if all(scripts.has_nothing_to_give(state) for scripts, state in shards):
+        return
     for _ in range(100_000 // BATCH):
         younger = source.take(BATCH, WAIT_SECONDS)
-        if not younger:
-            break
-        client.lpush(back, *(one.raw for one in younger))
+        if not younger or not set_aside(routed(younger, spread)):
+            return
         source.done(younger)
-    moved = 0
-    while raws := client.lrange(back, -BATCH, -1)[::-1]:
-        source.give_back(raws)
-        client.ltrim(back, 0, -len(raws) - 1)
-        moved += len(raws)
-    return moved
+
+
+def routed(taken: list[Taken], spread: Spread | None) -> dict[int, list[Taken]]:
+    """Messages by the shard that they belong to, in their order."""
+    if spread is None:
+        return {0: taken}
+    found: dict[int, list[Taken]] = {}
+    for one in taken:
+        found.setdefault(spread.route(one.raw), []).append(one)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from redis import Redis
@@ -63,7 +64,7 @@ def choose_delivery(app: Any, settings: AffinitySettings) -> Delivery:
         # Into which of several shards a message belongs a carrier has to say.
         if settings.shards == 1 and _is_same(brokers, url, keys.prefix):
             return SameRedisDelivery(names)
-        broker = RedisBroker(lambda: connect(brokers), names)
+        broker = RedisBroker(partial(connect, brokers), names)
     else:
         broker = AmqpBroker(
             _opener(app),

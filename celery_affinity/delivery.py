@@ -11,22 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from celery_affinity.broker import Broker
+from celery_affinity.broker import Broker, OutOfSight
 from celery_affinity.keys import Keys
+from celery_affinity.lookout import Lookout
 from celery_affinity.settings import AffinityQueue
 from celery_affinity.topology import RedisNames, worker_queue
 
-__all__ = ("CarriedDelivery", "Delivery", "SameRedisDelivery")
+__all__ = ("CarriedDelivery", "Delivery", "SameRedisDelivery", "waiting_elsewhere")
 
 
 class Delivery(Protocol):
     """What the scheduler and the nodes need to know of the broker."""
 
-    #: The broker, if it is not the ledger's Redis.
+    #: The broker, if it is not the ledger's Redis, and what looks at its pending queues.
     broker: Broker | None
+    lookout: Lookout | None
 
     def pending_lists(self, queue: AffinityQueue) -> list[str]:
-        """Lists to take messages from, most urgent first."""
+        """Lists of the ledger's Redis to take messages from, most urgent first."""
         ...
 
     def main_list(self, queue: AffinityQueue) -> str:
@@ -50,6 +52,7 @@ class SameRedisDelivery:
     """Broker and ledger are one Redis database."""
 
     broker: Broker | None = None
+    lookout: Lookout | None = None
 
     def __init__(self, names: RedisNames) -> None:
         self._names = names
@@ -80,6 +83,7 @@ class CarriedDelivery:
 
     def __init__(self, broker: Broker, keys: Keys) -> None:
         self.broker: Broker | None = broker
+        self.lookout: Lookout | None = Lookout(broker.sight)
         self._there = broker
         self._keys = keys
 
@@ -108,3 +112,13 @@ class CarriedDelivery:
     def worker_queue(self, name: str, before_declare: Callable[[], None] | None = None) -> Any:
         """A queue of the broker's own kind."""
         return self._there.worker_queue(name, before_declare)
+
+
+def waiting_elsewhere(delivery: Delivery, queue: AffinityQueue) -> int | None:
+    """Messages that wait on a broker which is not the ledger's Redis; None: it does not answer."""
+    if delivery.lookout is None:
+        return 0
+    try:
+        return delivery.lookout.waiting(queue.pending)
+    except OutOfSight:
+        return None

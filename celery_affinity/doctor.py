@@ -15,6 +15,7 @@ from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from celery_affinity.bound import Bound
+from celery_affinity.broker import OutOfSight
 from celery_affinity.connection import MINIMUM_VERSION, connect
 from celery_affinity.foreign import consumed_queues
 from celery_affinity.keys import Keys
@@ -47,7 +48,7 @@ def examine(bound: Bound) -> list[Finding]:
         lambda: _ledger(client, keys),
         lambda: _settings(bound),
         lambda: _workers(bound),
-        lambda: _strangers(bound),
+        lambda: _broker(bound),
     ]
     for queue in bound.settings.queues:
         examinations.append(lambda queue=queue: _queue(bound, client, queue))  # type: ignore[misc]
@@ -157,6 +158,20 @@ def _timeouts(bound: Bound, incarnations: list[str]) -> Iterator[Finding]:
             text = f"{name.decode()!r} has {int(timeout) / 1000:g} s, this app {own / 1000:g} s"
             fix = "deploy the same settings everywhere, and start that worker anew"
             yield Finding("heartbeat_timeout", "warning", text, fix)
+
+
+def _broker(bound: Bound) -> Iterator[Finding]:
+    """A broker elsewhere, and then who consumes from it: nobody can be asked while it is away."""
+    if bound.delivery.lookout is not None:
+        for queue in bound.settings.queues:
+            try:
+                waiting = bound.delivery.lookout.waiting(queue.pending)
+            except OutOfSight as error:
+                fix = "start it, or mend its URL; foreign consumers were not looked for"
+                yield Finding("broker", "error", str(error), fix)
+                return
+            yield Finding("broker", "ok", f"answers; {waiting} messages wait in {queue.pending!r}")
+    yield from _strangers(bound)
 
 
 def _strangers(bound: Bound) -> Iterator[Finding]:

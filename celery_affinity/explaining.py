@@ -9,12 +9,19 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from celery_affinity.delivery import Delivery
+from celery_affinity.broker import OutOfSight
+from celery_affinity.delivery import Delivery, waiting_elsewhere
 from celery_affinity.keys import Keys
 from celery_affinity.ledger import Ledger, pace_of
 from celery_affinity.operator_scripts import OperatorScripts
 from celery_affinity.settings import AffinityQueue
-from celery_affinity.types import ChangeRecord, HoldRecord, TagExplanation, TaskExplanation
+from celery_affinity.types import (
+    ChangeRecord,
+    HoldRecord,
+    TagExplanation,
+    TaskExplanation,
+    TaskState,
+)
 
 __all__ = ("Explainer",)
 
@@ -53,7 +60,9 @@ class Explainer:
 
     def tag(self, tag: str) -> TagExplanation:
         """Where a tag stands."""
+        elsewhere = waiting_elsewhere(self._delivery, self._queue)
         found = self._look(tag)
+        carried = sum(found[name] for name in found if name.startswith("pending "))
         now = found["now"]
         conf = dict(zip(CONF, found["conf"], strict=True))
         pace = [_text(sample) for sample in found["pace"]]
@@ -73,7 +82,7 @@ class Explainer:
             wait_seconds=place / rate if place and rate else None,
             last_slot=self._last_slot(found["warm"]),
             obstacles=tuple(self._obstacles(tag, found, conf, holds)),
-            pending=sum(found[name] for name in found if name.startswith("pending ")),
+            pending=None if elsewhere is None else elsewhere + carried,
         )
 
     def _look(self, tag: str) -> dict[str, Any]:
@@ -229,7 +238,20 @@ class Explainer:
             place = self._find(pending, task_id)
             if place is not None:
                 return TaskExplanation(self._queue.name, task_id, "pending", place)
-        return TaskExplanation(self._queue.name, task_id, "unknown")
+        return self._elsewhere(task_id)
+
+    def _elsewhere(self, task_id: str) -> TaskExplanation:
+        """What can be said of a task that the ledger's Redis does not have."""
+        name, pending, lookout = self._queue.name, self._queue.pending, self._delivery.lookout
+        try:
+            place = lookout.find(pending, task_id) if lookout is not None else None
+        except OutOfSight as error:
+            waiting = waiting_elsewhere(self._delivery, self._queue)
+            if waiting != 0:
+                return TaskExplanation(name, task_id, "unseen", reason=str(error), unseen=waiting)
+            place = None
+        state: TaskState = "unknown" if place is None else "pending"
+        return TaskExplanation(name, task_id, state, place)
 
     def _find(self, key: str, task_id: str) -> int | None:
         return self._scripts.find(key, task_id, FIND_PAGE, FIND_BYTES)

@@ -15,7 +15,7 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import OutOfMemoryError
 
-from celery_affinity.delivery import Delivery
+from celery_affinity.delivery import Delivery, waiting_elsewhere
 from celery_affinity.keys import Keys
 from celery_affinity.settings import AffinityQueue
 from celery_affinity.types import (
@@ -97,9 +97,12 @@ class Ledger:
             return list(pipe.execute())
 
     def stats(self, queue: AffinityQueue) -> QueueStats:
-        """Counts of one affinity queue."""
+        """Counts of one affinity queue; the ledger's are of one moment, a broker's elsewhere of
+        the one before.
+        """
         key = self._keys.queue
         state = queue.state
+        elsewhere = waiting_elsewhere(self._delivery, queue)
 
         def ask(pipe: Any) -> None:
             for pending in self._delivery.pending_lists(queue):
@@ -123,7 +126,7 @@ class Ledger:
         leases, settled = pace_of([_text(sample) for sample in pace], _ms(now))
         return QueueStats(
             queue=queue.name,
-            pending=sum(lengths),
+            pending=None if elsewhere is None else elsewhere + sum(lengths),
             entries=entries,
             scheduled=eta,
             ready_tags=ring,

@@ -115,8 +115,10 @@ class Looking(Bound):
 def _warnings(status: QueueStatus) -> list[str]:
     """Sentences about one queue."""
     stats, name = status.stats, status.stats.queue
-    waits = stats.pending + stats.entries
+    waits = (stats.pending or 0) + stats.entries
     told = []
+    if stats.pending is None:
+        told.append(f"{name}: the broker does not answer; what waits there is not counted")
     if stats.evacuated:
         told.append(f"{name}: evacuated; `celery affinity resume --queue {name}` starts it again")
     if stats.paused:

@@ -73,11 +73,12 @@ class QueueMeasures:
 
         Without a worker its size is not known: one, if there is anything to do.
         """
-        unscheduled = self.stats.pending > 0 and self.term is None
+        pending = self.stats.pending or 0  # not known: a worker could not get at them either
+        unscheduled = pending > 0 and self.term is None
         if self.workers and self.slots_a_worker:
             needed = ceil(self.slots_wanted / self.slots_a_worker)
             return max(needed, 1) if unscheduled and not self.stopped else needed
-        return int((self.slots_wanted > 0 or self.stats.pending > 0) and not self.stopped)
+        return int((self.slots_wanted > 0 or pending > 0) and not self.stopped)
 
 
 class Measures:

@@ -82,7 +82,10 @@ class Node:
         looks = [self._namesake.look]
         if delivery.broker is not None:
             looks.append(self._note_abroad)
-        self._ledgers = NodeLedgers(self, settings, url, delivery, looks, self._pulse.beat)
+        connect_anew = partial(internals.connect_anew, worker)
+        self._ledgers = NodeLedgers(
+            self, settings, url, delivery, looks, self._pulse.beat, connect_anew
+        )
         self.reporter = self._ledgers.reporter
         internals.call_before_cold_stop(worker, self.reporter.request_drain)
         self._started = False

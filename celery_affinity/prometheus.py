@@ -30,9 +30,10 @@ MAX_TOP_TAGS = 100
 #: Seconds after which a port that was taken is tried again.
 BIND_SECONDS = 5.0
 
-#: Gauges of a queue: name, help, value.
-GAUGES: tuple[tuple[str, str, Callable[[QueueMeasures], float]], ...] = (
-    ("pending_messages", "Sent, and not yet taken in.", lambda m: m.stats.pending),
+#: Gauges of a queue: name, help, value (None: it is not shown).
+GAUGES: tuple[tuple[str, str, Callable[[QueueMeasures], float | None]], ...] = (
+    ("pending_messages", "Sent, and not yet taken in; none if a broker elsewhere does not answer.",
+        lambda m: m.stats.pending),
     ("entries", "Taken in and not ended: they wait or run.", lambda m: m.stats.entries),
     ("scheduled_entries", "Due later.", lambda m: m.stats.scheduled),
     ("ready_tags", "Tags that wait for a slot.", lambda m: m.stats.ready_tags),
@@ -108,7 +109,8 @@ def families(found: Sequence[QueueMeasures], top: bool) -> Iterator[Metric]:
     for name, text, value in GAUGES:
         gauge = GaugeMetricFamily(PREFIX + name, text, labels=["queue"])
         for one in found:
-            gauge.add_metric([one.stats.queue], float(value(one)))
+            if (known := value(one)) is not None:
+                gauge.add_metric([one.stats.queue], float(known))
         yield gauge
     for name, text, counter in COUNTERS:
         total = CounterMetricFamily(PREFIX + name, text, labels=["queue"])

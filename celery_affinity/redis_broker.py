@@ -10,26 +10,32 @@ import json
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any
-from uuid import uuid4
 
 from kombu import Queue
 from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from celery_affinity.broker import Taken
 from celery_affinity.doorbell import Doorbell
 from celery_affinity.topology import RedisNames, worker_queue
 
-__all__ = ("RedisBroker", "RedisOutlet", "RedisSource")
+__all__ = ("RedisBroker", "RedisOutlet", "RedisSight", "RedisSource")
+
+#: Seconds for an answer to somebody who only looks.
+LOOK_SECONDS = 2.0
+#: Messages that one step of a look for a task reads at most, and about how many bytes.
+STEP, STEP_BYTES = 256, 1_000_000
 
 
 class RedisBroker:
     """Makes the connections.
 
     Arguments:
-        connect: Makes a client of the broker's Redis.
+        connect: Makes a client of the broker's Redis; keyword arguments as `connection.connect`.
     """
 
-    def __init__(self, connect: Callable[[], Redis], names: RedisNames) -> None:
+    def __init__(self, connect: Callable[..., Redis], names: RedisNames) -> None:
         self._connect = connect
         self._names = names
 
@@ -40,6 +46,12 @@ class RedisBroker:
     def outlet(self) -> RedisOutlet:
         """Connect to publish into worker queues."""
         return RedisOutlet(self._connect(), self._names)
+
+    def sight(self) -> RedisSight:
+        """Connect to look at pending queues."""
+        client = self._connect(socket_timeout=LOOK_SECONDS)
+        client.set_retry(Retry(NoBackoff(), 1))
+        return RedisSight(client, self._names)
 
     def worker_queue(self, name: str, before_declare: Callable[[], None] | None) -> Queue:
         """As with broker and ledger in one Redis."""
@@ -107,11 +119,11 @@ class RedisSource(RedisOutlet):
                 pipe.lrem(one.handle, -1, one.raw)
             pipe.execute()
 
-    def give_back(self, raws: Sequence[bytes]) -> None:
+    def give_back(self, raws: Sequence[bytes], identities: Sequence[str]) -> None:
         """Publish copies that are messages of their own: with another delivery tag."""
         with self._client.pipeline(transaction=True) as pipe:
-            for raw in raws:
-                pipe.lpush(self._names.main_list(self._pending), _copy(raw))
+            for raw, identity in zip(raws, identities, strict=True):
+                pipe.lpush(self._names.main_list(self._pending), _copy(raw, identity))
             pipe.execute()
 
     def close(self) -> None:
@@ -120,7 +132,44 @@ class RedisSource(RedisOutlet):
         super().close()
 
 
-def _copy(raw: bytes) -> str:
+class RedisSight:
+    """Counts and reads the lists of pending queues."""
+
+    def __init__(self, client: Redis, names: RedisNames) -> None:
+        self._client: Any = client
+        self._names = names
+
+    def waiting(self, pending: str) -> int:
+        """The lengths of its lists, at one moment."""
+        with self._client.pipeline(transaction=True) as pipe:
+            for name in self._names.lists(pending):
+                pipe.llen(name)
+            return sum(pipe.execute())
+
+    def find(self, pending: str, task_id: str) -> int | None:
+        """Read its lists in steps, from the oldest message on."""
+        found = (self._place(name, task_id) for name in self._names.lists(pending))
+        return next((place for place in found if place is not None), None)
+
+    def _place(self, name: str, task_id: str) -> int | None:
+        # As find.lua does; but a broker's user need not be allowed scripts.
+        wanted = [f'"id":{space}"{task_id}"'.encode() for space in ("", " ")]
+        looked, size, step = 0, 0, 1
+        while page := self._client.lrange(name, -looked - step, -looked - 1)[::-1]:
+            for at, raw in enumerate(page, looked + 1):
+                if any(text in raw for text in wanted):
+                    return at
+            looked += len(page)
+            size += sum(map(len, page))
+            step = max(1, min(4 * step, STEP, STEP_BYTES * looked // size))
+        return None
+
+    def close(self) -> None:
+        """Hang up."""
+        self._client.close()
+
+
+def _copy(raw: bytes, delivery_tag: str) -> str:
     message = json.loads(raw)
-    message["properties"]["delivery_tag"] = str(uuid4())
+    message["properties"]["delivery_tag"] = delivery_tag
     return json.dumps(message)

@@ -71,8 +71,10 @@ class QueueStats:
     """Counts of one affinity queue, at one moment."""
 
     queue: str
-    #: Messages that producers have sent and the scheduler has not admitted.
-    pending: int
+    #: Messages that producers have sent and the scheduler has not admitted; None: they wait on a
+    #: broker elsewhere that does not answer. (What RabbitMQ has handed to a scheduler, 200 messages
+    #: at most, is not among them before the scheduler has it in the ledger: milliseconds.)
+    pending: int | None
     #: Admitted entries that have not settled: waiting, scheduled, dispatched or running.
     entries: int
     #: Entries with a due time in the future.
@@ -226,8 +228,9 @@ class TagExplanation:
     last_slot: str
     #: What keeps it from running, a sentence each, with what to do.
     obstacles: tuple[str, ...]
-    #: Messages in the pending queue, whatever their tags: the ledger does not know them yet.
-    pending: int
+    #: Messages in the pending queue, whatever their tags: the ledger does not know them yet; None:
+    #: they wait on a broker elsewhere that does not answer.
+    pending: int | None
 
     @property
     def known(self) -> bool:
@@ -235,7 +238,9 @@ class TagExplanation:
         return bool(self.holds or self.waiting or self.obstacles or self.place)
 
 
-TaskState = Literal["running", "dispatched", "waiting", "scheduled", "buried", "pending", "unknown"]
+TaskState = Literal[
+    "running", "dispatched", "waiting", "scheduled", "buried", "pending", "unseen", "unknown"
+]
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,8 @@ class TaskExplanation:
 
     queue: str
     task_id: str
-    #: "pending": sent, and not yet admitted; "unknown": it has ended, or was never sent.
+    #: "pending": sent, and not yet admitted; "unseen": not admitted, and it may wait on the broker,
+    #: where nobody can look for it; "unknown": it has ended, or was never sent.
     state: TaskState
     #: Its number in the ledger; of a pending one its place in the pending queue.
     entry: int | None = None
@@ -254,10 +260,13 @@ class TaskExplanation:
     ahead: int | None = None
     #: Of a scheduled one: until it is due.
     due_seconds: float | None = None
-    #: Of a buried one: why.
+    #: Of a buried one: why. Of an unseen one: why it cannot be seen.
     reason: str = ""
     #: Its tag.
     tag: TagExplanation | None = None
+    #: Of an unseen one: messages that wait on the broker, any of which it may be; None if that is
+    #: not known either.
+    unseen: int | None = None
 
 
 @dataclass(frozen=True)

@@ -135,11 +135,11 @@ def explain(
         if tag.known:
             return print_json(tag) if as_json else click.echo("\n".join(tag_words(tag)))
     task = here.explain_task(tag_or_task_id, queue)
-    unknown = task.state == "unknown"
+    unknown = task.state in ("unknown", "unseen")
     if as_json:
         print_json(task)
     elif unknown and tag is not None:
-        click.echo(nothing_words(tag))
+        click.echo(nothing_words(tag, task.reason))
     else:
         click.echo("\n".join(task_words(task)))
     context.exit(1 if unknown else 0)

@@ -31,11 +31,18 @@ def tag_words(tag: TagExplanation) -> Iterator[str]:
         yield f"why: {shown(obstacle, 200)}"
 
 
-def nothing_words(tag: TagExplanation) -> str:
-    """What is said where the ledger has neither a tag nor a task of that name."""
+def nothing_words(tag: TagExplanation, unseen: str = "") -> str:
+    """What is said where the ledger has neither a tag nor a task of that name.
+
+    Arguments:
+        unseen: Why it cannot be seen whether one waits on the broker; "" if it can.
+    """
     text = f"{shown(tag.tag)}: no tag and no task of that name in {tag.queue!r}"
+    if tag.pending is None:
+        return f"{text}; the broker does not answer: what waits there is not known"
     if tag.pending:
-        return f"{text}; {tag.pending} messages of its pending queue are not taken in yet"
+        text = f"{text}; {tag.pending} messages of its pending queue are not taken in yet"
+        return f"{text}, and it may be among them: {shown(unseen, 200)}" if unseen else text
     return f"{text}: it has ended, or was never sent there"
 
 
@@ -55,6 +62,9 @@ def task_words(task: TaskExplanation) -> Iterator[str]:
     if task.state == "unknown":
         yield f"{name}: not in {task.queue!r}: it has ended, or was never sent there"
         return
+    if task.state == "unseen":
+        yield f"{name}: {_unseen(task)}"
+        return
     if task.state == "pending":
         yield f"{name}: number {task.entry} in the pending queue; a scheduler has to take it in"
         return
@@ -72,6 +82,13 @@ def task_words(task: TaskExplanation) -> Iterator[str]:
     if task.tag is not None:
         yield f"tag: {shown(task.tag.tag)}"
         yield from tag_words(task.tag)
+
+
+def _unseen(task: TaskExplanation) -> str:
+    text = f"not in the ledger of {task.queue!r}: it has ended, was never sent there, or waits"
+    if task.unseen is None:
+        return f"{text} on the broker; {shown(task.reason, 200)}"
+    return f"{text} among {task.unseen} messages on the broker; {shown(task.reason, 200)}"
 
 
 def _nth(place: int) -> str:

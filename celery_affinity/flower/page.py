@@ -85,7 +85,7 @@ class Page:
     @property
     def waiting(self) -> int:
         """Tasks that have not settled, those in the pending queues with them."""
-        return sum(q.stats.pending + q.stats.entries for q in self.status.queues)
+        return sum((q.stats.pending or 0) + q.stats.entries for q in self.status.queues)
 
     @property
     def shown_workers(self) -> tuple[Worker, ...]:

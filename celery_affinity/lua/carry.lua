@@ -14,6 +14,7 @@
 -- The first write is one that a full memory refuses: then the messages stay with the broker.
 -- @include base
 -- @include fence
+-- @include each_once
 local q, token, fence, shards = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local kept_ms, most = tonumber(ARGV[5]), tonumber(ARGV[6])
 local term = tonumber(string.match(fence, '^%d+$'))
@@ -23,22 +24,11 @@ local found = redis.call('HGET', queue_key(q, 'conf'), 'shards')
 if found and found ~= shards then return {-3, tonumber(found)} end
 if term and term > heard then redis.call('HSET', queue_key(q, 'c'), 'carrier', fence) end
 if conf(q).stopped then return {-2} end
-local inbox, carried, answer = queue_key(q, 'inbox'), queue_key(q, 'carried'), queue_key(q, 'answer')
+local inbox, answer = queue_key(q, 'inbox'), queue_key(q, 'answer')
 -- A leader asks for one thing at a time: only its last request can come again.
 local last, before = string.match(redis.call('GET', answer) or '', '^(%S+) (%d+)$')
 if last == token then return {tonumber(before), redis.call('LLEN', inbox)} end
 
-local done = 0
-for k = 7, #ARGV, 3 do
-  local until_ms = redis.call('ZSCORE', carried, ARGV[k])
-  redis.call('ZADD', carried, text(NOW + kept_ms), ARGV[k])
-  if ARGV[k + 1] == '' or not until_ms or tonumber(until_ms) <= NOW then
-    redis.call('LPUSH', inbox, ARGV[k + 2])
-    done = done + 1
-  end
-end
-redis.call('ZREMRANGEBYSCORE', carried, '-inf', text(NOW))
-redis.call('ZREMRANGEBYRANK', carried, 0, -most - 1)
-redis.call('PEXPIRE', carried, kept_ms)
+local done = each_once(q, inbox, 7, kept_ms, most)
 redis.call('SET', answer, token .. ' ' .. done, 'PX', 60000)
 return {done, redis.call('LLEN', inbox)}

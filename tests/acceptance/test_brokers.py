@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from amqp.exceptions import ChannelError
@@ -23,7 +24,9 @@ from acceptance.support import (
     wait_for_nodes,
     wait_for_run,
 )
+from celery_affinity.amqp_broker import AmqpSource
 from celery_affinity.embedded import Server
+from celery_affinity.redis_broker import RedisSource
 from harness import Cluster, wait_for_ends, wait_until
 from history import History
 from rabbit import RabbitServer
@@ -248,3 +251,37 @@ def test_what_is_evacuated_is_plain_messages_on_the_broker(
     history = History.load(history_path)
     history.assert_lawful()
     assert history.reruns() == 0
+
+
+def test_an_evacuation_that_dies_when_it_has_published_runs_nothing_twice_after_a_resume(
+    elsewhere: Elsewhere, history_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producer = Producer(elsewhere.url)
+    elsewhere.cluster.beat(APP, environ=QUICK).wait_ready()
+    producer.send_each(["a", "b"], 3)
+    wait_until(lambda: producer.affinity.stats("jobs").entries == 6, what="admission")
+    # What was handed out once RabbitMQ tells itself: hardly any is, in this test.
+    monkeypatch.setattr("celery_affinity.amqp_broker.PREFETCH", 1)
+    kind = RedisSource if elsewhere.kind == "redis" else AmqpSource
+    publish = kind.give_back
+
+    def publish_and_die(source: Any, *messages: Any) -> None:
+        publish(source, *messages)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr(kind, "give_back", publish_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            producer.affinity.evacuate("jobs")
+    producer.send("a", 1)
+    assert producer.affinity.evacuate("jobs").done
+    wait_until(lambda: elsewhere.length("jobs") == 13, what="each of the six twice, and another")
+
+    producer.affinity.resume("jobs")
+    start(elsewhere.cluster, "w1", beat=False)
+    wait_for_ends(history_path, 7)
+    wait_until(lambda: producer.affinity.stats("jobs").pending == 0, what="an empty queue")
+    wait_until(lambda: producer.affinity.stats("jobs").entries == 0, what="an empty ledger")
+    history = History.load(history_path)
+    history.assert_lawful()
+    assert history.reruns() == 0 and len(history.runs) == 7

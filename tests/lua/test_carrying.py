@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ class Hub:
     """A broker with one pending queue, and worker queues by name."""
 
     def __init__(self) -> None:
-        self.waiting: list[list[Any]] = []  # [raw, was handed out before]
+        self.waiting: list[list[Any]] = []  # [raw, may have been handed out before, identity]
         self.queues: dict[str, list[bytes]] = {}
         self.deleted: list[str] = []
         self.calls = 0
@@ -40,7 +41,8 @@ class Hub:
 
     def publish(self, *names: str) -> None:
         for name in names:
-            self.waiting.append([message(name), False])
+            raw = message(name)
+            self.waiting.append([raw, False, str(hash(raw))])
 
     def step(self) -> None:
         """Die here if it is the time to."""
@@ -72,7 +74,9 @@ class HubSource:
         if not found:
             self.idle.set()
             raise Idle
-        taken = [Taken(raw, str(hash(raw)), again, one) for one in found for raw, again in [one]]
+        taken = [
+            Taken(raw, identity, again, one) for one in found for raw, again, identity in [one]
+        ]
         for one in found:
             one[1] = True
         self.hub.step()
@@ -83,9 +87,11 @@ class HubSource:
         self.out = [one for one in self.out if not any(one is t.handle for t in taken)]
         self.hub.step()
 
-    def give_back(self, raws: Sequence[bytes]) -> None:
+    def give_back(self, raws: Sequence[bytes], identities: Sequence[str]) -> None:
         self.hub.step()
-        self.hub.waiting += [[raw, False] for raw in raws]
+        for raw, identity in zip(raws, identities, strict=True):
+            self.hub.waiting.append([raw, True, identity])
+            self.hub.step()
 
     def delete(self, worker_queues: Sequence[str]) -> None:
         self.hub.deleted += worker_queues
@@ -227,7 +233,7 @@ def test_a_superseded_carrier_ends_by_itself(bench: Bench) -> None:
     hub = Hub()
     hub.publish(*NAMES)
     carry(bench, hub, superseded)
-    assert [raw for raw, _ in hub.waiting] and len(hub.waiting) == len(NAMES), "all went back"
+    assert len(hub.waiting) == len(NAMES), "all went back"
     assert bench.scripts.inbox_length("q") == 0
 
 
@@ -303,25 +309,137 @@ def test_an_inbox_is_brought_home_in_parts_and_in_order_by_the_leader_only(bench
     assert bench.client.lrange(bench.pending, 0, -1) == [b"4", b"3", b"2", b"1"]
 
 
-def test_what_is_evacuated_goes_back_to_the_broker_in_order(bench: Bench) -> None:
-    bench.lead()
+class Patient(HubSource):
+    """Says that nothing is left, as a broker does."""
+
+    def take(self, most: int, seconds: float) -> list[Taken]:
+        try:
+            return super().take(most, seconds)
+        except Idle:
+            return []
+
+
+def evacuated(bench: Bench, hub: Hub) -> list[str]:
+    """Five messages on their way back to the hub; their ids in order."""
     back, inbox = bench.scripts.keys.back("q"), bench.scripts.keys.inbox("q")
-    hub = Hub()
+    bench.client.hset(bench.queue_key("conf"), "evac", "1")
     bench.client.lpush(back, message("a-1"), message("a-2"))
     bench.client.lpush(inbox, message("a-3"))
+    hub.publish("a-4", "a-5")
+    return [f"a-{n}" for n in range(1, 6)]
+
+
+def left_of_it(bench: Bench) -> list[bytes]:
+    names = ("back", "inbox", "batch", "giving")
+    return [name for name in map(bench.queue_key, names) if bench.client.exists(name)]
+
+
+def waiting_ids(hub: Hub) -> list[str]:
+    return [json.loads(raw)["headers"]["id"] for raw, _, _ in hub.waiting]
+
+
+def test_what_is_evacuated_goes_back_to_the_broker_in_order(bench: Bench) -> None:
+    bench.lead()
+    hub = Hub()
+    ids = evacuated(bench, hub)
+    before = {identity for _, _, identity in hub.waiting}
+    assert give_back(bench.scripts, "q", Patient(hub)) == 5
+    assert waiting_ids(hub) == ids
+    identities = {identity for _, _, identity in hub.waiting}
+    assert len(identities) == 5 and not identities & before, "messages of their own"
+    assert not left_of_it(bench)
+
+
+@pytest.mark.parametrize("step", range(1, 14))
+def test_an_evacuation_that_dies_between_any_two_calls_gives_each_message_back_once(
+    bench: Bench, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for the ledger: of copies of one identity it takes the first."""
+    monkeypatch.setattr("celery_affinity.carrying.BATCH", 2)
+    bench.lead()
+    hub = Hub()
+    ids = evacuated(bench, hub)
+    hub.dies_at = step
+    dying = Patient(hub)
+    with pytest.raises(Died):
+        give_back(bench.scripts, "q", dying)
+    dying.close()
+    hub.dies_at = None
+
+    give_back(bench.scripts, "q", Patient(hub))
+    assert not left_of_it(bench)
+    found = waiting_ids(hub)
+    assert list(dict.fromkeys(found)) == ids and len(found) <= 5 + 2, "a batch twice at the most"
+
+    bench.client.hdel(bench.queue_key("conf"), "evac")
+    carry(bench, hub)
+    admit_all(bench)
+    assert admitted(bench) == ids
+    assert hub.waiting == []
+
+
+def test_two_who_give_back_at_once_lose_nothing(bench: Bench, hub: Hub) -> None:
+    bench.lead()
+    ids = evacuated(bench, hub)
+
+    class Overtaken(Patient):
+        def give_back(self, raws: Sequence[bytes], identities: Sequence[str]) -> None:
+            give_back(bench.scripts, "q", Patient(hub))
+            super().give_back(raws, identities)
+
+    give_back(bench.scripts, "q", Overtaken(hub))
+    bench.client.hdel(bench.queue_key("conf"), "evac")
+    carry(bench, hub)
+    admit_all(bench)
+    assert admitted(bench) == ids
+
+
+def test_who_gives_back_leaves_on_the_broker_what_the_ledger_has_already(bench: Bench, hub: Hub) -> None:
+    """A leader died between carrying a message and its ack, then the queue was evacuated."""
+    bench.lead()
     hub.publish("a-4")
+    hub.dies_at = 4
+    with pytest.raises(Died):
+        carry(bench, hub)
+    hub.dies_at = None
+    bench.client.hset(bench.queue_key("conf"), "evac", "1")
+    assert bench.scripts.inbox_length("q") == 1
+    give_back(bench.scripts, "q", Patient(hub))
+    assert waiting_ids(hub) == ["a-4"]
 
-    class Patient(HubSource):
-        def take(self, most: int, seconds: float) -> list[Taken]:
-            try:
-                return super().take(most, seconds)
-            except Idle:
-                return []
 
-    assert give_back(bench.scripts, "q", Patient(hub)) == 4
-    ids = [json.loads(raw)["headers"]["id"] for raw, _ in hub.waiting]
-    assert ids == ["a-1", "a-2", "a-3", "a-4"]
-    assert not bench.client.exists(back, inbox)
+def test_what_was_taken_off_the_broker_stays_there_if_the_queue_is_resumed_meanwhile(
+    bench: Bench, hub: Hub
+) -> None:
+    taken = [Taken(message("a-1"), "i", False, None)]
+    assert not bench.scripts.set_aside("q", taken, 60_000, 10)
+    assert not left_of_it(bench)
+
+
+def test_what_is_set_aside_stands_behind_the_inbox_each_once_also_after_a_lost_reply(bench: Bench) -> None:
+    back, inbox = bench.scripts.keys.back("q"), bench.scripts.keys.inbox("q")
+    bench.client.hset(bench.queue_key("conf"), "evac", "1")
+    bench.client.lpush(inbox, *"abcde")
+    request = ("set_aside", "q", "token", 60_000, 10, 2, "i", "", "f")
+    answers = [bench.scripts._call(*request) for _ in range(4)]
+    assert answers == [2, 2, 1, 1]
+    assert bench.client.lrange(back, 0, -1)[::-1] == [name.encode() for name in "abcdef"]
+    assert bench.scripts.set_aside("q", [Taken(b"f", "i", True, None)], 60_000, 10)
+    assert bench.client.llen(back) == 6
+
+
+def test_a_batch_that_is_given_back_ends_by_its_own_name_only(bench: Bench) -> None:
+    bench.client.lpush(bench.scripts.keys.back("q"), "1", "2", "3")
+    first = bench.scripts.give("q", "", "one", 2)
+    assert first == ("one", [b"1", b"2"])
+    assert bench.scripts.give("q", "", "another", 2) == first, "who else asks is given the same"
+    second = bench.scripts.give("q", "one", "two", 2)
+    assert second == ("two", [b"3"])
+    assert bench.scripts.give("q", "one", "two", 2) == second, "a repeat"
+    assert bench.scripts.give("q", "one", "late", 2) == second, "who else has published the first"
+    for _ in range(2):
+        assert bench.scripts.give("q", "two", "three", 2) == ("", [])
+    assert not left_of_it(bench)
 
 
 # The relay
@@ -340,10 +458,12 @@ class Relayed:
         self.node: Node = bench.opening(*ids)
         self.held = Held()
         self.buried: list[tuple[Stamp, str]] = []
+        self.missing: list[set[str]] = []
         hub.queues["wq"] = []
         self.relay = Relay(
             bench.client, self.node.list, hub.outlet, lambda state: "wq" if state == "q" else None,
             self.held, lambda stamp, reason: self.buried.append((stamp, reason)),
+            lambda queues: self.missing.append(set(queues)),
         )
 
     def once(self) -> bool:
@@ -441,6 +561,20 @@ def test_a_message_for_a_queue_that_is_not_declared_stays_in_the_outbox(relayed:
     relayed.hub.queues["wq"] = []
     assert relayed.once()
     assert len(relayed.arrivals()) == 1
+
+
+def test_a_queue_that_stays_away_is_told_of_from_time_to_time(
+    relayed: Relayed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("celery_affinity.relay.MISSING_SECONDS", 0.2)
+    queue = relayed.hub.queues.pop("wq")
+    assert not relayed.once() and not relayed.missing, "it may be about to be declared"
+    told = time.monotonic()
+    wait_until(lambda: relayed.once() or len(relayed.missing) == 2, what="two words")
+    assert relayed.missing == [{"wq"}, {"wq"}] and time.monotonic() - told >= 0.4
+    relayed.hub.queues["wq"] = queue
+    assert relayed.once()
+    assert len(relayed.missing) == 2
 
 
 def test_a_message_that_the_client_cannot_send_is_buried_and_holds_up_no_other(bench: Bench, hub: Hub) -> None:

@@ -22,8 +22,8 @@ PATIENCE = 1000
 #: Scripts of periodic tasks' runs and of batch tasks, which nobody sends here, of operators, and of another
 #: broker: tests/lua walks with those.
 ELSEWHERE = {
-    "bring_home", "carry", "claim_run", "confirm_run", "find", "forget_runs", "limit", "move", "note", "pause", "pause_tag", "purge",
-    "purge_tag", "requeue", "resume_tag", "revoke_tag", "settle_batch", "take",
+    "bring_home", "carry", "claim_run", "confirm_run", "find", "forget_runs", "give", "limit", "move", "note", "pause", "pause_tag", "purge",
+    "purge_tag", "requeue", "resume_tag", "revoke_tag", "set_aside", "settle_batch", "take",
 }
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,8 @@
 --   q:<queue>:wake     list    doorbell of the leader;  vacant: list, doorbell of candidates
 --   q:<queue>:once     zset    keys of messages that are admitted once, until when each is kept (ms)
 --   q:<queue>:inbox    list    of a queue whose broker is elsewhere: messages carried here (carrying.py);
---                              back: list, messages of an evacuation for it;
+--                              back: list, messages of an evacuation for it; batch: list, those of them
+--                              that are being published; giving: string, the name of that batch;
 --                              carried: zset, identity of each -> until when it is known (ms);
 --                              answer: string, "<token> <n>" of the last request to carry, expires;
 --                              abroad: hash, worker queue on the broker -> its incarnation
