@@ -26,6 +26,7 @@ from redis.sentinel import (
 )
 
 from celery_affinity.address import Address
+from celery_affinity.cluster import Owner, ToOwner
 from celery_affinity.exceptions import ConfigurationError
 
 __all__ = ("Reachability", "check_failover", "check_server", "connect", "same_database")
@@ -36,6 +37,8 @@ MINIMUM_VERSION = (6, 2)
 CONNECT_SECONDS = 5.0
 #: Seconds in which a sentinel has to answer before the next one is asked.
 SENTINEL_SECONDS = 1.0
+#: Seconds in which a node of a cluster has to answer before the next one is asked.
+ASK_SECONDS = 1.0
 #: Seconds that a failover takes once the master is taken for down (1.3 to 2.1 were measured).
 FAILOVER_SECONDS = 3.0
 
@@ -77,6 +80,14 @@ class _ManagedTlsConnection(_Reconnecting, SentinelManagedSSLConnection):
     pass
 
 
+class _OwnersConnection(ToOwner, Connection):
+    pass
+
+
+class _OwnersTlsConnection(ToOwner, SSLConnection):
+    pass
+
+
 def connect(url: str, prefix: str | None = None, *, socket_timeout: float = 10.0) -> Redis:
     """A client of its own for the ledger, or for a broker. Does no I/O.
 
@@ -88,7 +99,8 @@ def connect(url: str, prefix: str | None = None, *, socket_timeout: float = 10.0
             scripts answer a repeat as they did the first time.
 
     Raises:
-        ConfigurationError: If the URL cannot be taken apart, or is of another kind.
+        ConfigurationError: If the URL cannot be taken apart, or is of another kind; or if it is a
+            cluster's, and no prefix is given.
     """
     address = Address.parse(url)
     options: dict[str, Any] = {
@@ -110,6 +122,8 @@ def connect(url: str, prefix: str | None = None, *, socket_timeout: float = 10.0
         options |= {"ssl_check_hostname": True, **address.tls_options}
     if address.scheme == "sentinel":
         return _by_sentinel(address, options)
+    if address.is_cluster:
+        return _by_cluster(address, prefix, options)
     host, port = address.hosts[0]
     kind = _TlsConnection if address.is_tls else _Connection
     return Redis(connection_pool=ConnectionPool(kind, host=host, port=port, **options))
@@ -122,6 +136,17 @@ def _by_sentinel(address: Address, options: dict[str, Any]) -> Redis:
         address.master_name, connection_class=kind, **options
     )
     return found
+
+
+def _by_cluster(address: Address, prefix: str | None, options: dict[str, Any]) -> Redis:
+    if prefix is None:
+        raise ConfigurationError("a Redis Cluster can have the ledger, but cannot be the broker")
+    patience = {"socket_timeout": ASK_SECONDS, "socket_connect_timeout": ASK_SECONDS}
+    asked: Any = SSLConnection if address.is_tls else Connection
+    asking = {**options, **patience, "retry": None}
+    owner = Owner(address.hosts, prefix, lambda node: asked(host=node[0], port=node[1], **asking))
+    kind = _OwnersTlsConnection if address.is_tls else _OwnersConnection
+    return Redis(connection_pool=ConnectionPool(kind, owner=owner, **options))
 
 
 def _to_sentinels(address: Address) -> dict[str, Any]:
