@@ -24,7 +24,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from celery_affinity.exceptions import ConfigurationError
 
-__all__ = ("Address", "ledger_url", "masked", "same_server")
+__all__ = ("CLUSTERS", "Address", "ledger_url", "masked", "same_server")
 
 SENTINEL = "sentinel"
 SENTINEL_PORT = 26379

@@ -1,4 +1,4 @@
-"""The connection to the ledger's Redis, and what is checked of it before anything runs."""
+"""The connection to the ledger's Redis, and who it is that answers there."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from redis.connection import (
     parse_url,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoPermissionError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import ReadOnlyError, ResponseError
 from redis.retry import Retry
 from redis.sentinel import (
     Sentinel,
-    SentinelConnectionPool,
     SentinelManagedConnection,
     SentinelManagedSSLConnection,
 )
@@ -29,18 +28,14 @@ from celery_affinity.address import Address
 from celery_affinity.cluster import Owner, ToOwner
 from celery_affinity.exceptions import ConfigurationError
 
-__all__ = ("Reachability", "check_failover", "check_server", "connect", "same_database")
+__all__ = ("Reachability", "connect", "is_by_cluster", "same_database", "server_clock")
 
-#: Oldest Redis whose command set the scripts keep to (BLMOVE).
-MINIMUM_VERSION = (6, 2)
 #: Seconds in which a server has to take a connection.
 CONNECT_SECONDS = 5.0
 #: Seconds in which a sentinel has to answer before the next one is asked.
 SENTINEL_SECONDS = 1.0
 #: Seconds in which a node of a cluster has to answer before the next one is asked.
 ASK_SECONDS = 1.0
-#: Seconds that a failover takes once the master is taken for down (1.3 to 2.1 were measured).
-FAILOVER_SECONDS = 3.0
 
 
 class _Reconnecting:
@@ -161,6 +156,27 @@ def _typed(options: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
+def server_clock(client: Redis, key: str) -> tuple[str, float]:
+    """Run id of the server that has a key now, and its clock in seconds, in one round trip.
+
+    Of a cluster, a server that had the key would answer both; but not the look for the key.
+
+    Raises:
+        redis.RedisError: If it cannot be asked, or the key's slot is being moved.
+    """
+    with client.pipeline(transaction=False) as pipe:
+        pipe.exists(key)
+        pipe.info("server")
+        pipe.time()
+        _, info, (seconds, micros) = pipe.execute()
+    return str(info["run_id"]), seconds + micros / 1e6
+
+
+def is_by_cluster(client: Redis) -> bool:
+    """Whether a client goes to the owner of a slot of a cluster."""
+    return issubclass(client.connection_pool.connection_class, ToOwner)
+
+
 def same_database(one: Redis, other: Redis) -> bool:
     """Whether two clients are connected to one database of one server, by its run id.
 
@@ -173,95 +189,6 @@ def same_database(one: Redis, other: Redis) -> bool:
         return str(info["run_id"]), int(client.connection_pool.connection_kwargs.get("db") or 0)
 
     return identity(one) == identity(other)
-
-
-#: Servers that this process has warned of: a worker and its schedulers all check the same one.
-_warned: set[str] = set()
-
-
-def check_server(client: Redis, logger: logging.Logger) -> None:
-    """Refuse a Redis that cannot keep the promises, warn of one that weakens them.
-
-    Raises:
-        ConfigurationError: If it is too old, may evict the ledger's keys, or does not tell.
-    """
-    try:
-        info = client.info()
-    except NoPermissionError as error:
-        raise ConfigurationError(
-            f"the ledger's Redis does not tell what it is ({error}); besides what Celery "
-            "needs, its user needs INFO: ACL SETUSER <user> +info"
-        ) from None
-    url = str(client.connection_pool.connection_kwargs)
-    found = str(info["redis_version"])
-    numbers = tuple(int(part) for part in found.split(".")[:2])
-    if numbers < MINIMUM_VERSION:
-        raise ConfigurationError(
-            f"the ledger's Redis has version {found}, expected 6.2 or newer: upgrade the server"
-        )
-    policy = str(info.get("maxmemory_policy", "noeviction"))
-    if int(info.get("maxmemory", 0)) and policy.startswith("allkeys"):
-        raise ConfigurationError(
-            f"the ledger's Redis evicts keys when memory is full (maxmemory-policy {policy}), "
-            "which would lose tasks. Expected noeviction: CONFIG SET maxmemory-policy noeviction"
-        )
-    if policy != "noeviction":
-        logger.warning(
-            "The ledger's Redis has maxmemory-policy %s; set noeviction, so that a full memory "
-            "refuses tasks instead of dropping state.",
-            policy,
-            extra={"action": "redis_check", "maxmemory_policy": policy},
-        )
-    if url not in _warned and not _is_persistent(client, info, logger):
-        logger.warning(
-            "The ledger's Redis keeps nothing across its restart (appendonly no): "
-            "tasks that wait are lost with it. CONFIG SET appendonly yes.",
-            extra={"action": "redis_check", "appendonly": False},
-        )
-    _warned.add(url)
-
-
-def check_failover(client: Redis, heartbeat_timeout: float) -> None:
-    """Refuse a heartbeat_timeout that every failover of Sentinel's would be longer than.
-
-    Says nothing if no sentinel answers, or there is none.
-
-    Raises:
-        ConfigurationError: With the least that would do.
-    """
-    pool: Any = client.connection_pool
-    if not isinstance(pool, SentinelConnectionPool):
-        return
-    for sentinel in pool.sentinel_manager.sentinels:
-        try:
-            found = sentinel.sentinel_masters()[pool.service_name]
-        except (RedisError, KeyError):
-            continue
-        down_after = int(found["down-after-milliseconds"]) / 1000
-        least = down_after + FAILOVER_SECONDS
-        if heartbeat_timeout < least:
-            raise ConfigurationError(
-                f"heartbeat_timeout ({heartbeat_timeout:g} s) is shorter than a failover: Sentinel "
-                f"takes the master {pool.service_name!r} for down after {down_after:g} s, and the "
-                f"change takes some {FAILOVER_SECONDS:g} s more. Set heartbeat_timeout to "
-                f"{least:g} s or more, or lower down-after-milliseconds"
-            )
-        return
-
-
-def _is_persistent(client: Redis, info: dict[str, object], logger: logging.Logger) -> bool:
-    if info.get("aof_enabled"):
-        return True
-    try:
-        return bool(client.config_get("save").get("save"))
-    except ResponseError as error:
-        logger.warning(
-            "Whether the ledger's Redis keeps its data across a restart could not be checked (%s). "
-            "Expected: appendonly yes.",
-            error,
-            extra={"action": "redis_check", "appendonly": None},
-        )
-        return True
 
 
 class Reachability:

@@ -15,10 +15,11 @@ from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from celery_affinity.bound import Bound
-from celery_affinity.connection import MINIMUM_VERSION, connect
+from celery_affinity.connection import connect
 from celery_affinity.foreign import consumed_queues
 from celery_affinity.keys import Keys
 from celery_affinity.scripts import SCHEMA_VERSION
+from celery_affinity.server_checks import MINIMUM_VERSION, refusal_of_cluster
 from celery_affinity.settings import AffinityQueue
 from celery_affinity.types import Finding
 
@@ -68,6 +69,8 @@ def _server(client: Redis, info: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("Redis version", "error", found, f"upgrade the server to {wanted} or newer")
     else:
         yield Finding("Redis version", "ok", found)
+    if refused := refusal_of_cluster(client, info):
+        yield Finding("Redis cluster", "error", "a node of a cluster, used as if alone", refused)
     policy = str(info.get("maxmemory_policy", "noeviction"))
     if policy == "noeviction":
         yield Finding("Redis eviction", "ok", policy)

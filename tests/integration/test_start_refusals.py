@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from celery_affinity.connection import check_server
 from celery_affinity.embedded import Server
 from celery_affinity.exceptions import ConfigurationError
+from celery_affinity.server_checks import check_server
 from nursery import nursery
 
 APP = """
