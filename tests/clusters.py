@@ -32,7 +32,7 @@ class RedisCluster:
     """
 
     def __init__(
-        self, directory: Path, *, node_timeout_ms: int = 2000, replicas: bool = False,
+        self, directory: Path, *, node_timeout_ms: int = 1000, replicas: bool = False,
         arguments: Sequence[str] = (),
     ) -> None:
         self._directory = directory
