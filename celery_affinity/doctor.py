@@ -42,6 +42,9 @@ def examine(bound: Bound) -> list[Finding]:
         found = f"does not tell what it is ({error})"
         fix = "start it, mend redis_url or the broker's URL, or allow its user INFO (ACL +info)"
         return [*findings, Finding("Redis", "error", found, fix)]
+    if refused := refusal_of_cluster(client, info):
+        found = "a node of a cluster, used as if it were alone"
+        return [*findings, Finding("Redis", "error", found, refused)]
     examinations: list[Callable[[], Iterable[Finding]]] = [
         lambda: _server(client, info),
         lambda: _clock(client),
@@ -69,8 +72,6 @@ def _server(client: Redis, info: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("Redis version", "error", found, f"upgrade the server to {wanted} or newer")
     else:
         yield Finding("Redis version", "ok", found)
-    if refused := refusal_of_cluster(client, info):
-        yield Finding("Redis cluster", "error", "a node of a cluster, used as if alone", refused)
     policy = str(info.get("maxmemory_policy", "noeviction"))
     if policy == "noeviction":
         yield Finding("Redis eviction", "ok", policy)

@@ -15,6 +15,7 @@ from redis.crc import key_slot
 from redis.exceptions import RedisError
 
 from celery_affinity.embedded import Server, find_binary
+from certificates import Authority
 from harness import wait_until
 
 __all__ = ("RedisCluster", "SLOTS")
@@ -28,14 +29,25 @@ class RedisCluster:
     Arguments:
         node_timeout_ms: After how long without an answer a node is taken for down.
         replicas: Whether each master has one.
+        authority: Signs the servers' certificate, if they are to speak TLS.
         arguments: More of each server's command line.
     """
 
     def __init__(
         self, directory: Path, *, node_timeout_ms: int = 1000, replicas: bool = False,
-        arguments: Sequence[str] = (),
+        authority: Authority | None = None, arguments: Sequence[str] = (),
     ) -> None:
         self._directory = directory
+        self._tls: tuple[str, ...] = ()
+        #: By which the nodes know each other: that of TLS, if they have one.
+        self._ports: dict[Server, int] = {}
+        if authority is not None:
+            key, certificate = authority.sign("server")
+            self._tls = (
+                "--tls-cert-file", str(certificate), "--tls-key-file", str(key),
+                "--tls-ca-cert-file", str(authority.certificate), "--tls-cluster", "yes",
+                "--tls-replication", "yes", "--tls-auth-clients", "optional",
+            )
         self._arguments = (
             "--cluster-enabled", "yes", "--cluster-node-timeout", str(node_timeout_ms),
             "--repl-diskless-sync-delay", "0", *arguments,
@@ -51,7 +63,8 @@ class RedisCluster:
     @property
     def url(self) -> str:
         """Names two of the masters, so that one of them may die."""
-        return ";".join(f"redis+cluster://127.0.0.1:{one.port}" for one in self.masters[:2])
+        scheme = "rediss+cluster" if self._tls else "redis+cluster"
+        return ";".join(f"{scheme}://127.0.0.1:{self._ports[one]}" for one in self.masters[:2])
 
     def owner(self, prefix: str) -> Server:
         """The server that has the prefix' slot, as the first living one says."""
@@ -83,7 +96,7 @@ class RedisCluster:
         """Move so many keys of the slot, one by one; how many went."""
         slot, moved = key_slot(prefix.encode()), 0
         while moved < most and (found := call(source, "CLUSTER", "GETKEYSINSLOT", slot, 1)):
-            call(source, "MIGRATE", "127.0.0.1", target.port, found[0], 0, 5000)
+            call(source, "MIGRATE", "127.0.0.1", self._ports[target], found[0], 0, 5000)
             moved += 1
         return moved
 
@@ -102,8 +115,14 @@ class RedisCluster:
     def _server(self, name: str) -> Server:
         directory = self._directory / name
         directory.mkdir(parents=True)
-        found = Server(find_binary(), directory, free_port(), self._arguments)
+        port = bus = free_port()
+        tls: tuple[str, ...] = ()
+        if self._tls:
+            bus = free_port()
+            tls = ("--tls-port", str(bus), *self._tls)
+        found = Server(find_binary(), directory, port, (*self._arguments, *tls))
         found.start()
+        self._ports[found] = bus
         return found
 
     def _form(self) -> None:
@@ -115,7 +134,7 @@ class RedisCluster:
         for number, one in enumerate(self.servers, 1):
             call(one, "CLUSTER", "SET-CONFIG-EPOCH", number)
         for one in others:
-            call(first, "CLUSTER", "MEET", "127.0.0.1", one.port)
+            call(first, "CLUSTER", "MEET", "127.0.0.1", self._ports[one])
         wait_until(lambda: all(self._knows_all(one) for one in self.servers), 30, "nodes that know each other")
         for master, replica in zip(self.masters, self.replicas, strict=False):
             call(replica, "CLUSTER", "REPLICATE", node_id(master))
