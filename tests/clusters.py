@@ -68,8 +68,21 @@ class RedisCluster:
 
     def owner(self, prefix: str) -> Server:
         """The server that has the prefix' slot, as the first living one says."""
-        port = self._owners_port(key_slot(prefix.encode()))
+        slot = key_slot(prefix.encode())
+        port = next(filter(None, (owners_port(one, slot) for one in self.servers)))
         return next(one for one in self.servers if one.port == port)
+
+    def replica_of(self, master: Server) -> Server:
+        """Its replica."""
+        return self.replicas[self.masters.index(master)]
+
+    def wait_for_failover(self, prefix: str, successor: Server) -> None:
+        """Wait until all that live say that the successor has the prefix' slot."""
+        slot = key_slot(prefix.encode())
+        living = [one for one in self.servers if one.pid is not None]
+        wait_until(
+            lambda: all(owners_port(one, slot) == successor.port for one in living), 30, "a new master"
+        )
 
     def others(self, prefix: str) -> list[Server]:
         """The masters that do not have it."""
@@ -145,16 +158,15 @@ class RedisCluster:
         lines = call(server, "CLUSTER", "NODES").decode().splitlines()
         return len(lines) == len(self.servers) and not any("handshake" in line for line in lines)
 
-    def _owners_port(self, slot: int) -> int:
-        for one in self.servers:
-            try:
-                ranges = parse_cluster_slots(call(one, "CLUSTER", "SLOTS"))
-            except RedisError:
-                continue
-            for (first, end), servers in ranges.items():
-                if first <= slot <= end:
-                    return int(servers["primary"][1])
-        raise AssertionError("nobody knows the owner")
+
+def owners_port(server: Server, slot: int) -> int | None:
+    """Who has the slot, as that server says."""
+    try:
+        ranges = parse_cluster_slots(call(server, "CLUSTER", "SLOTS"))
+    except RedisError:
+        return None
+    found = [two["primary"][1] for (first, end), two in ranges.items() if first <= slot <= end]
+    return int(found[0]) if found else None
 
 
 def call(server: Server, *command: Any) -> Any:

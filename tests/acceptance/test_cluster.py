@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from acceptance.support import (
     wait_for_nodes,
     wait_for_run,
 )
-from brokers import CLUSTERED
+from brokers import CLUSTERED, LEDGER_VARIABLE
+from celery_affinity.embedded import Server
 from celery_affinity.keys import Keys
-from clusters import RedisCluster
+from clusters import RedisCluster, call
 from harness import Cluster, wait_until
 from history import History
 
@@ -66,6 +67,13 @@ def load(producer: Producer) -> Iterator[None]:
         thread.join()
 
 
+@pytest.fixture
+def with_replicas(tmp_path: Path) -> Iterator[RedisCluster]:
+    found = RedisCluster(tmp_path / "cluster", replicas=True)
+    yield found
+    found.close()
+
+
 def assert_nobody_was_given_up(cluster: Cluster) -> None:
     for node in cluster.nodes:
         assert "is lost (no heartbeat)" not in node.log_text()
@@ -106,4 +114,38 @@ def test_a_slot_that_moves_under_load_starts_a_new_term_and_gives_nobody_up(
     assert before and after and after.term > before.term
     assert_nobody_was_given_up(cluster)
     assert not source.client().dbsize()
+    found.assert_lawful()
+
+
+@pytest.mark.proves("the ledger's master in a Redis Cluster is killed, or hands over (CLUSTER FAILOVER)", "a new term, nobody is given up, nothing lost or doubled of what the replica had")
+@pytest.mark.parametrize("how", ["killed", "hands over"])
+def test_a_failover_in_a_cluster_starts_a_new_term_and_gives_nobody_up(
+    with_replicas: RedisCluster, broker_server: Server, make_cluster: Callable[..., Cluster],
+    history_path: Path, how: str,
+) -> None:
+    cluster = make_cluster(broker_server.url(), **{LEDGER_VARIABLE: with_replicas.url})
+    producer = start(cluster)
+    before = producer.affinity.leader("jobs")
+    producer.send_each(TAGS, 4, ms=20)
+    producer.send("long", task="long", ms=(HEARTBEAT_TIMEOUT + 4) * 1000)
+    wait_for_run(history_path, lambda run: run.tag == "long")
+    wait_until(lambda: producer.affinity.stats("jobs").entries == 1, what="only the long one left")
+    first = with_replicas.owner(PREFIX)
+    second = with_replicas.replica_of(first)
+    call(first, "WAIT", 1, 5000)
+    began = time.monotonic()
+    if how == "killed":
+        first.kill()
+    else:
+        call(second, "CLUSTER", "FAILOVER")
+    with_replicas.wait_for_failover(PREFIX, second)
+    print(f"failover {time.monotonic() - began:.1f} s")
+    producer.send_each(TAGS, 4, ms=20)
+    found = finished(history_path, 50)
+    print(f"all done {time.monotonic() - began:.1f} s")
+    wait_until(lambda: producer.affinity.stats("jobs").entries == 0, what="all settled")
+    assert found.reruns() == 0
+    after = producer.affinity.leader("jobs")
+    assert before and after and after.term > before.term
+    assert_nobody_was_given_up(cluster)
     found.assert_lawful()
