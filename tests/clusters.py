@@ -38,6 +38,8 @@ class RedisCluster:
         authority: Authority | None = None, arguments: Sequence[str] = (),
     ) -> None:
         self._directory = directory
+        #: What stands before "@" in `url`, with it.
+        self.user = ""
         self._tls: tuple[str, ...] = ()
         #: By which the nodes know each other: that of TLS, if they have one.
         self._ports: dict[Server, int] = {}
@@ -64,7 +66,7 @@ class RedisCluster:
     def url(self) -> str:
         """Names two of the masters, so that one of them may die."""
         scheme = "rediss+cluster" if self._tls else "redis+cluster"
-        return ";".join(f"{scheme}://127.0.0.1:{self._ports[one]}" for one in self.masters[:2])
+        return ";".join(f"{scheme}://{self.user}127.0.0.1:{self._ports[one]}" for one in self.masters[:2])
 
     def owner(self, prefix: str) -> Server:
         """The server that has the prefix' slot, as the first living one says."""
