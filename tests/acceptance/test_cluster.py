@@ -117,6 +117,24 @@ def test_a_slot_that_moves_under_load_starts_a_new_term_and_gives_nobody_up(
     found.assert_lawful()
 
 
+def test_a_node_of_a_cluster_and_a_short_heartbeat_timeout_stop_the_start(
+    redis_cluster: RedisCluster, broker_server: Server, make_cluster: Callable[..., Cluster]
+) -> None:
+    node = redis_cluster.masters[0].url()
+    for url, says in (
+        (node, "Set redis_url='redis+cluster://<host>:<port>'"),
+        (redis_cluster.url, "Set heartbeat_timeout to 4.5 s or more, or lower cluster-node-timeout"),
+    ):
+        cluster = make_cluster(broker_server.url(), **{LEDGER_VARIABLE: url})
+        worker = cluster.worker(APP, queues="jobs", environ={**QUICK, **WORKER_ONLY}, extra=LEAN)
+        beat = cluster.beat(APP, environ=QUICK)
+        assert worker.wait(30) != 0
+        assert says in worker.log_text()
+        beat.wait_for_log(says)
+        assert "Scheduling affinity queue" not in beat.log_text()
+        cluster.destroy()
+
+
 @pytest.mark.proves("the ledger's master in a Redis Cluster is killed, or hands over (CLUSTER FAILOVER)", "a new term, nobody is given up, nothing lost or doubled of what the replica had")
 @pytest.mark.parametrize("how", ["killed", "hands over"])
 def test_a_failover_in_a_cluster_starts_a_new_term_and_gives_nobody_up(
