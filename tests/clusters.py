@@ -107,12 +107,12 @@ class RedisCluster:
         call(source, "CLUSTER", "SETSLOT", slot, "MIGRATING", node_id(target))
         return source
 
-    def move_keys(self, prefix: str, source: Server, target: Server, most: int = 1_000_000) -> int:
-        """Move so many keys of the slot, one by one; how many went."""
-        slot, moved = key_slot(prefix.encode()), 0
-        while moved < most and (found := call(source, "CLUSTER", "GETKEYSINSLOT", slot, 1)):
+    def move_keys(self, prefix: str, source: Server, target: Server, most: int = 1_000_000) -> list[bytes]:
+        """Move so many keys of the slot, one by one; which went."""
+        slot, moved = key_slot(prefix.encode()), []
+        while len(moved) < most and (found := call(source, "CLUSTER", "GETKEYSINSLOT", slot, 1)):
             call(source, "MIGRATE", "127.0.0.1", self._ports[target], found[0], 0, 5000)
-            moved += 1
+            moved += found
         return moved
 
     def end_move(self, prefix: str, source: Server, target: Server) -> None:

@@ -97,10 +97,9 @@ def test_a_slot_that_moves_under_load_starts_a_new_term_and_gives_nobody_up(
         went = redis_cluster.move_keys(PREFIX, source, target, keys // 2)
         began, started = time.monotonic(), len(History.load(history_path).runs)
         while time.monotonic() - began < HEARTBEAT_TIMEOUT + 2:  # the pause
-            there = target.client().dbsize()
-            assert there == went, f"{there} keys on the importing node, {went} went"
+            assert set(target.client().keys("*")) <= set(went), "nobody writes on the importing node"
             time.sleep(0.1)
-        print(f"{went} of {keys} keys; {len(History.load(history_path).runs) - started} starts in the pause")
+        print(f"{len(went)} of {keys} keys; {len(History.load(history_path).runs) - started} starts in the pause")
         redis_cluster.move_keys(PREFIX, source, target)
         redis_cluster.end_move(PREFIX, source, target)
         moved = time.monotonic()
