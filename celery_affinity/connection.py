@@ -17,6 +17,7 @@ from redis.connection import (
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ReadOnlyError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 from redis.sentinel import (
     Sentinel,
@@ -105,6 +106,8 @@ def connect(url: str, prefix: str | None = None, *, socket_timeout: float = 10.0
         "socket_timeout": socket_timeout,
         "health_check_interval": 25,
         "retry": Retry(ExponentialBackoff(cap=1.0, base=0.05), 3),
+        # redis-py 5.3 repeats a command only for errors that are named.
+        "retry_on_error": [RedisConnectionError, RedisTimeoutError],
         "client_name": "celery_affinity",
         **_typed(address.other_options),
     }
@@ -138,7 +141,7 @@ def _by_cluster(address: Address, prefix: str | None, options: dict[str, Any]) -
         raise ConfigurationError("a Redis Cluster can have the ledger, but cannot be the broker")
     patience = {"socket_timeout": ASK_SECONDS, "socket_connect_timeout": ASK_SECONDS}
     asked: Any = SSLConnection if address.is_tls else Connection
-    asking = {**options, **patience, "retry": None}
+    asking = {**options, **patience, "retry": None, "retry_on_error": []}
     owner = Owner(address.hosts, prefix, lambda node: asked(host=node[0], port=node[1], **asking))
     kind = _OwnersTlsConnection if address.is_tls else _OwnersConnection
     return Redis(connection_pool=ConnectionPool(kind, owner=owner, **options))
