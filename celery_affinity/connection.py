@@ -138,7 +138,7 @@ def _by_sentinel(address: Address, options: dict[str, Any]) -> Redis:
 
 def _by_cluster(address: Address, prefix: str | None, options: dict[str, Any]) -> Redis:
     if prefix is None:
-        raise ConfigurationError("a Redis Cluster can have the ledger, but cannot be the broker")
+        raise ConfigurationError("the broker is a Redis Cluster, which Celery cannot use")
     patience = {"socket_timeout": ASK_SECONDS, "socket_connect_timeout": ASK_SECONDS}
     asked: Any = SSLConnection if address.is_tls else Connection
     asking = {**options, **patience, "retry": None, "retry_on_error": []}

@@ -125,7 +125,7 @@ def test_a_cluster_is_refused_as_the_broker(scheme: str) -> None:
     with pytest.raises(ConfigurationError, match="the broker is a Redis Cluster") as error:
         _ = affinity.redis_url
     assert "Secret" not in str(error.value)
-    with pytest.raises(ConfigurationError, match="cannot be the broker"):
+    with pytest.raises(ConfigurationError, match="the broker is a Redis Cluster"):
         connect(f"{scheme}://one")
 
 
