@@ -13,6 +13,9 @@ Crash windows:
   tombstone says that it was carried
   (test_a_message_that_is_redelivered_after_it_was_settled_is_not_admitted_again).
 - carry.lua's reply is lost: the repeat has the same token and gets the same answer.
+- terms that follow at once, when the ledger has another server: the second term's carrier waits for
+  the end of the first one's, which holds messages until it is refused. On RabbitMQ those behind
+  them would come first (test_a_slot_that_moves_under_load_starts_a_new_term_and_gives_nobody_up).
 - a superseded leader: carry.lua compares the term and changes nothing
   (test_two_leaders_at_once_carry_each_message_once). Of a queue with several shards it is the first
   one's leader that carries, into all of them; the others hear of its term before it takes anything
@@ -94,23 +97,32 @@ class Carrier:
         self._spread = spread
         self._connect = connect
         self._over = threading.Event()
-        self._reachability = Reachability(logger, f"tasks of {name!r}", "The broker")
+        self._thread: threading.Thread | None = None
+        self._reachability = Reachability(logger, f"tasks of {name!r}", "The broker or the ledger")
         self._full = False
 
     def begin(self, fence: str) -> None:
         """A term has begun: carry until `end`."""
         self.end()
         self._over = threading.Event()
-        threading.Thread(
-            target=self.run,
-            args=(fence, self._over),
+        self._thread = threading.Thread(
+            target=self._run_after,
+            args=(self._thread, fence, self._over),
             name=f"affinity-carrier-{self._state}",
             daemon=True,
-        ).start()
+        )
+        self._thread.start()
 
     def end(self) -> None:
         """The term is over. Does not wait: what is still under way is refused by carry.lua."""
         self._over.set()
+
+    def _run_after(
+        self, before: threading.Thread | None, fence: str, over: threading.Event
+    ) -> None:
+        if before is not None:
+            before.join()
+        self.run(fence, over)
 
     def run(self, fence: str, over: threading.Event) -> None:
         """Carry until the term is over."""
