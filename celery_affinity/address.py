@@ -7,7 +7,9 @@ handed to threads and processes:
 - ``redis://``, ``rediss://``, ``unix://``; ``redis+socket://`` as kombu spells a socket;
 - ``sentinel://host:port;sentinel://host:port/0?master_name=mymaster``. With ``ssl_`` options the
   Redis servers are spoken to by TLS; ``sentinel_<name>`` is an option of the connections to the
-  sentinels themselves.
+  sentinels themselves;
+- ``redis+cluster://host:port;redis+cluster://host2:port2``, ``rediss+cluster://``: nodes of a Redis
+  Cluster, of which one has to answer.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from celery_affinity.exceptions import ConfigurationError
 
-__all__ = ("Address", "ledger_url", "masked", "same_server")
+__all__ = ("CLUSTERS", "Address", "ledger_url", "masked", "same_server")
 
 SENTINEL = "sentinel"
 SENTINEL_PORT = 26379
-SCHEMES = ("redis", "rediss", "unix", "redis+socket", SENTINEL)
+CLUSTERS = ("redis+cluster", "rediss+cluster")
+SCHEMES = ("redis", "rediss", "unix", "redis+socket", SENTINEL, *CLUSTERS)
 
 #: What stands before the last "@" of a host, or is the value of an option that is a secret.
 _SECRETS = re.compile(r"(//[^@/;?]*:)[^;]*(?=@)|([?&](?:\w+_)?password=)[^&]*")
@@ -37,7 +40,7 @@ class Address:
     """A ledger's URL, taken apart.
 
     Arguments:
-        hosts: Host and port; several for sentinels, none for a socket.
+        hosts: Host and port; several for sentinels and nodes of a cluster, none for a socket.
         path: A socket's.
         options: The query, as it is written.
     """
@@ -80,6 +83,10 @@ class Address:
                 f"the ledger's Redis has a URL that begins with {scheme + '://'!r}, expected one "
                 f"of {', '.join(known + '://' for known in SCHEMES)}"
             )
+        if scheme in CLUSTERS and db:
+            raise ConfigurationError(
+                f"redis_url names the database {db}, and a Redis Cluster has none but 0"
+            )
         port = SENTINEL_PORT if scheme == SENTINEL else 6379
         hosts = [
             (unquote(one.hostname or "localhost"), known or port)
@@ -112,7 +119,13 @@ class Address:
     @property
     def is_tls(self) -> bool:
         """Whether TLS is spoken to Redis itself."""
-        return self.scheme == "rediss" or (self.scheme == SENTINEL and bool(self.tls_options))
+        by_options = self.scheme in (SENTINEL, "redis+cluster") and bool(self.tls_options)
+        return self.scheme.startswith("rediss") or by_options
+
+    @property
+    def is_cluster(self) -> bool:
+        """Whether the hosts are nodes of a Redis Cluster."""
+        return self.scheme in CLUSTERS
 
     @property
     def other_options(self) -> dict[str, str]:
@@ -203,6 +216,7 @@ def same_server(one: str, other: str) -> bool:
     def identity(url: str) -> object:
         found = Address.parse(url)
         hosts = {({"localhost": "127.0.0.1"}.get(host, host), port) for host, port in found.hosts}
-        return hosts, found.path, found.db, found.options.get("master_name")
+        named = found.options.get("master_name")
+        return hosts, found.path, found.db, named, found.is_cluster
 
     return identity(one) == identity(other)

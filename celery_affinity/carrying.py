@@ -13,6 +13,9 @@ Crash windows:
   tombstone says that it was carried
   (test_a_message_that_is_redelivered_after_it_was_settled_is_not_admitted_again).
 - carry.lua's reply is lost: the repeat has the same token and gets the same answer.
+- terms that follow at once, when the ledger has another server: the second term's carrier waits for
+  the end of the first one's, which holds messages until it is refused. On RabbitMQ those behind
+  them would come first (test_a_slot_that_moves_under_load_starts_a_new_term_and_gives_nobody_up).
 - a superseded leader: carry.lua compares the term and changes nothing
   (test_two_leaders_at_once_carry_each_message_once). Of a queue with several shards it is the first
   one's leader that carries, into all of them; the others hear of its term before it takes anything
@@ -32,7 +35,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from uuid import UUID, uuid4, uuid5
 
 from redis.exceptions import OutOfMemoryError, RedisError
@@ -60,15 +63,11 @@ RETRY_SECONDS = 0.5
 SWEEP_SECONDS = 5.0
 
 
-#: A shard's ledger, and the queue's state name in it.
-Shard = tuple[Scripts, str]
-
-
 class Spread(NamedTuple):
     """How a queue is spread over several shards."""
 
-    #: Each but the first.
-    others: Sequence[Shard]
+    #: Ledger and state name of each but the first.
+    others: Sequence[tuple[Scripts, str]]
     #: Says into which shard a message belongs; 0 is the first one.
     route: Callable[[bytes], int]
 
@@ -98,23 +97,32 @@ class Carrier:
         self._spread = spread
         self._connect = connect
         self._over = threading.Event()
-        self._reachability = Reachability(logger, f"tasks of {name!r}", "The broker")
+        self._thread: threading.Thread | None = None
+        self._reachability = Reachability(logger, f"tasks of {name!r}", "The broker or the ledger")
         self._full = False
 
     def begin(self, fence: str) -> None:
         """A term has begun: carry until `end`."""
         self.end()
         self._over = threading.Event()
-        threading.Thread(
-            target=self.run,
-            args=(fence, self._over),
+        self._thread = threading.Thread(
+            target=self._run_after,
+            args=(self._thread, fence, self._over),
             name=f"affinity-carrier-{self._state}",
             daemon=True,
-        ).start()
+        )
+        self._thread.start()
 
     def end(self) -> None:
         """The term is over. Does not wait: what is still under way is refused by carry.lua."""
         self._over.set()
+
+    def _run_after(
+        self, before: threading.Thread | None, fence: str, over: threading.Event
+    ) -> None:
+        if before is not None:
+            before.join()
+        self.run(fence, over)
 
     def run(self, fence: str, over: threading.Event) -> None:
         """Carry until the term is over."""
@@ -209,16 +217,6 @@ class Carrier:
             )
 
 
-def routed(taken: Sequence[Taken], spread: Spread | None) -> dict[int, list[Taken]]:
-    """The messages by the shard they belong to, each in the order in which they were taken."""
-    if spread is None:
-        return {0: list(taken)}
-    found: dict[int, list[Taken]] = {}
-    for one in taken:
-        found.setdefault(spread.route(one.raw), []).append(one)
-    return found
-
-
 class _Stopped(Exception):
     """The queue is evacuated."""
 
@@ -249,13 +247,10 @@ def sweep(scripts: Scripts, state: str, source: Source) -> None:
 
 
 def give_back(scripts: Scripts, state: str, source: Source, spread: Spread | None = None) -> int:
-    """Publish on the broker what an evacuation has put into a list; returns how many.
+    """Publish on the broker what an evacuation has put into lists; returns how many.
 
-    What has arrived since, in the inbox and on the broker, is younger: it goes behind them. (Not
+    What has arrived since, in the inboxes and on the broker, is younger: it goes behind them. (Not
     again once a part is published: what is on the broker then is that part, too.)
-
-    Arguments:
-        spread: The queue's further shards, if it has some.
     """
     shards = [(scripts, state), *(spread.others if spread else ())]
     if not any(scripts.is_being_given(state) for scripts, state in shards):
@@ -274,26 +269,35 @@ def _publish(scripts: Scripts, state: str, source: Source) -> int:
         done = name
 
 
-def _gather(shards: Sequence[Shard], source: Source, spread: Spread | None) -> None:
-    """Put what is younger behind what is given back, each message in the shard of its tag."""
-    if spread and not all(scripts.is_evacuated(state) for scripts, state in shards):
-        return  # they are being resumed, and all was given back before that
-    found = False
-    for scripts, state in shards:
-        client: Any = scripts.client
-        back, inbox = scripts.keys.back(state), scripts.keys.inbox(state)
-        while client.lmove(inbox, back, "RIGHT", "LEFT") is not None:
-            pass
-        found = found or bool(client.exists(back))
-    if not found:
+def _gather(
+    shards: Sequence[tuple[Scripts, str]], source: Source, spread: Spread | None
+) -> None:
+    """Put what is younger behind what is given back."""
+
+    def set_aside(parts: dict[int, list[Taken]]) -> bool:
+        """Whether the queue is still evacuated, in all of these shards."""
+        for shard, taken in parts.items():
+            scripts, state = shards[shard]
+            if not scripts.set_aside(state, taken, int(TOMBSTONE_SECONDS * 1000), TOMBSTONES):
+                return False
+        return True
+
+    if not set_aside({shard: [] for shard in range(len(shards))}):
         return
-    kept_ms = int(TOMBSTONE_SECONDS * 1000)
+    if all(scripts.has_nothing_to_give(state) for scripts, state in shards):
+        return
     for _ in range(100_000 // BATCH):
         younger = source.take(BATCH, WAIT_SECONDS)
-        if not younger:
+        if not younger or not set_aside(routed(younger, spread)):
             return
-        for shard, part in routed(younger, spread).items():
-            scripts, state = shards[shard]
-            if not scripts.set_aside(state, uuid4().hex, part, kept_ms, TOMBSTONES):
-                return
         source.done(younger)
+
+
+def routed(taken: list[Taken], spread: Spread | None) -> dict[int, list[Taken]]:
+    """Messages by the shard that they belong to, in their order."""
+    if spread is None:
+        return {0: taken}
+    found: dict[int, list[Taken]] = {}
+    for one in taken:
+        found.setdefault(spread.route(one.raw), []).append(one)
+    return found

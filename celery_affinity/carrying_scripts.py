@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from uuid import uuid4
 
 from celery_affinity.broker import Taken
 from celery_affinity.script_calls import ScriptCalls, text_of
@@ -27,14 +28,28 @@ class CarryingScripts(ScriptCalls):
         """Returns (carried, length of the inbox); carried is -1 if not the leader, -2 if the
         queue is evacuated, -3 if it has so many shards as the second number says; see carry.lua.
         """
-        answer = self._call("carry", state, token, fence, shards, kept_ms, most, *_words(taken))
+        answer = self._call(
+            "carry", state, token, fence, shards, kept_ms, most, *_words(taken)
+        )
         return int(answer[0]), int(answer[1]) if len(answer) > 1 else 0
 
     def set_aside(
-        self, state: str, token: str, taken: Sequence[Taken], kept_ms: int, most: int
+        self, state: str, taken: Sequence[Taken], kept_ms: int, most: int, part: int = 1000
     ) -> bool:
-        """Put what was taken off the broker behind what is given back to it; see set_aside.lua."""
-        return bool(self._call("set_aside", state, token, kept_ms, most, *_words(taken)))
+        """Put what is younger behind what is given back; see set_aside.lua.
+
+        Arguments:
+            taken: What was taken off the broker; the inbox's comes before.
+            part: Messages of the inbox that one step moves at most.
+
+        Returns:
+            False if the queue is not evacuated (any more).
+        """
+        token = uuid4().hex
+        while True:
+            answer = self._call("set_aside", state, token, kept_ms, most, part, *_words(taken))
+            if answer != 2:
+                return bool(answer)
 
     def give(self, state: str, done: str, name: str, most: int) -> tuple[str, list[bytes]]:
         """Returns (name of the batch to publish, or "" when all is; its messages); see give.lua."""
@@ -44,6 +59,10 @@ class CarryingScripts(ScriptCalls):
     def is_being_given(self, state: str) -> bool:
         """Whether a part of what an evacuation gives back is published. Reads only."""
         return bool(self.client.exists(self.keys.queue(state, "giving")))
+
+    def has_nothing_to_give(self, state: str) -> bool:
+        """Whether an evacuation has left nothing for the broker. Reads only."""
+        return not self.client.exists(self.keys.back(state))
 
     def inbox_length(self, state: str) -> int:
         """Messages that were carried and wait for intake. Reads only."""

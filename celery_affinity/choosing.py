@@ -32,6 +32,7 @@ def ledger_url(app: Any, settings: AffinitySettings) -> str:
     Raises:
         ConfigurationError: If there is none, or the broker has no place for worker queues.
     """
+    _refuse_cluster(app)
     kind = _kind(app)
     if kind not in ("redis", "amqp"):
         raise ConfigurationError(
@@ -75,6 +76,15 @@ def choose_delivery(app: Any, settings: AffinitySettings) -> Delivery:
     return CarriedDelivery(broker, keys)
 
 
+def _refuse_cluster(app: Any) -> None:
+    url = str(app.conf.broker_write_url or app.conf.broker_url)
+    if url.startswith(tuple(f"{scheme}://" for scheme in address.CLUSTERS)):
+        raise ConfigurationError(
+            "the broker is a Redis Cluster, which Celery cannot use. Let it have the ledger, by "
+            "redis_url='redis+cluster://...', and set broker_url to RabbitMQ or another Redis"
+        )
+
+
 def _kind(app: Any) -> str:
     return str(app.connection_for_write().transport.driver_type or "unknown")
 
@@ -86,6 +96,8 @@ def _redis_broker_url(app: Any) -> str:
 
 
 def _is_same(broker: str, ledger: str, prefix: str) -> bool:
+    if address.Address.parse(ledger).is_cluster:
+        return False
     if address.same_server(broker, ledger):
         return True
     try:

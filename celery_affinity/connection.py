@@ -1,4 +1,4 @@
-"""The connection to the ledger's Redis, and what is checked of it before anything runs."""
+"""The connection to the ledger's Redis, and who it is that answers there."""
 
 from __future__ import annotations
 
@@ -16,28 +16,27 @@ from redis.connection import (
     parse_url,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoPermissionError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import ReadOnlyError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 from redis.sentinel import (
     Sentinel,
-    SentinelConnectionPool,
     SentinelManagedConnection,
     SentinelManagedSSLConnection,
 )
 
 from celery_affinity.address import Address
+from celery_affinity.cluster import Owner, ToOwner
 from celery_affinity.exceptions import ConfigurationError
 
-__all__ = ("Reachability", "check_failover", "check_server", "connect", "same_database")
+__all__ = ("Reachability", "connect", "is_by_cluster", "same_database", "server_clock")
 
-#: Oldest Redis whose command set the scripts keep to (BLMOVE).
-MINIMUM_VERSION = (6, 2)
 #: Seconds in which a server has to take a connection.
 CONNECT_SECONDS = 5.0
 #: Seconds in which a sentinel has to answer before the next one is asked.
 SENTINEL_SECONDS = 1.0
-#: Seconds that a failover takes once the master is taken for down (1.3 to 2.1 were measured).
-FAILOVER_SECONDS = 3.0
+#: Seconds in which a node of a cluster has to answer before the next one is asked.
+ASK_SECONDS = 1.0
 
 
 class _Reconnecting:
@@ -77,6 +76,14 @@ class _ManagedTlsConnection(_Reconnecting, SentinelManagedSSLConnection):
     pass
 
 
+class _OwnersConnection(ToOwner, Connection):
+    pass
+
+
+class _OwnersTlsConnection(ToOwner, SSLConnection):
+    pass
+
+
 def connect(url: str, prefix: str | None = None, *, socket_timeout: float = 10.0) -> Redis:
     """A client of its own for the ledger, or for a broker. Does no I/O.
 
@@ -88,7 +95,8 @@ def connect(url: str, prefix: str | None = None, *, socket_timeout: float = 10.0
             scripts answer a repeat as they did the first time.
 
     Raises:
-        ConfigurationError: If the URL cannot be taken apart, or is of another kind.
+        ConfigurationError: If the URL cannot be taken apart, or is of another kind; or if it is a
+            cluster's, and no prefix is given.
     """
     address = Address.parse(url)
     options: dict[str, Any] = {
@@ -98,6 +106,8 @@ def connect(url: str, prefix: str | None = None, *, socket_timeout: float = 10.0
         "socket_timeout": socket_timeout,
         "health_check_interval": 25,
         "retry": Retry(ExponentialBackoff(cap=1.0, base=0.05), 3),
+        # redis-py 5.3 repeats a command only for errors that are named.
+        "retry_on_error": [RedisConnectionError, RedisTimeoutError],
         "client_name": "celery_affinity",
         **_typed(address.other_options),
     }
@@ -110,6 +120,8 @@ def connect(url: str, prefix: str | None = None, *, socket_timeout: float = 10.0
         options |= {"ssl_check_hostname": True, **address.tls_options}
     if address.scheme == "sentinel":
         return _by_sentinel(address, options)
+    if address.is_cluster:
+        return _by_cluster(address, prefix, options)
     host, port = address.hosts[0]
     kind = _TlsConnection if address.is_tls else _Connection
     return Redis(connection_pool=ConnectionPool(kind, host=host, port=port, **options))
@@ -124,6 +136,17 @@ def _by_sentinel(address: Address, options: dict[str, Any]) -> Redis:
     return found
 
 
+def _by_cluster(address: Address, prefix: str | None, options: dict[str, Any]) -> Redis:
+    if prefix is None:
+        raise ConfigurationError("the broker is a Redis Cluster, which Celery cannot use")
+    patience = {"socket_timeout": ASK_SECONDS, "socket_connect_timeout": ASK_SECONDS}
+    asked: Any = SSLConnection if address.is_tls else Connection
+    asking = {**options, **patience, "retry": None, "retry_on_error": []}
+    owner = Owner(address.hosts, prefix, lambda node: asked(host=node[0], port=node[1], **asking))
+    kind = _OwnersTlsConnection if address.is_tls else _OwnersConnection
+    return Redis(connection_pool=ConnectionPool(kind, owner=owner, **options))
+
+
 def _to_sentinels(address: Address) -> dict[str, Any]:
     patience = {"socket_timeout": SENTINEL_SECONDS, "socket_connect_timeout": SENTINEL_SECONDS}
     return {**patience, **_typed(address.sentinel_options)}
@@ -134,6 +157,27 @@ def _typed(options: Mapping[str, str]) -> dict[str, Any]:
     parse: Any = parse_url
     found: dict[str, Any] = parse("redis://?" + urlencode(options))
     return found
+
+
+def server_clock(client: Redis, key: str) -> tuple[str, float]:
+    """Run id of the server that has a key now, and its clock in seconds, in one round trip.
+
+    Of a cluster, a server that had the key would answer both; but not the look for the key.
+
+    Raises:
+        redis.RedisError: If it cannot be asked, or the key's slot is being moved.
+    """
+    with client.pipeline(transaction=False) as pipe:
+        pipe.exists(key)
+        pipe.info("server")
+        pipe.time()
+        _, info, (seconds, micros) = pipe.execute()
+    return str(info["run_id"]), seconds + micros / 1e6
+
+
+def is_by_cluster(client: Redis) -> bool:
+    """Whether a client goes to the owner of a slot of a cluster."""
+    return issubclass(client.connection_pool.connection_class, ToOwner)
 
 
 def same_database(one: Redis, other: Redis) -> bool:
@@ -148,95 +192,6 @@ def same_database(one: Redis, other: Redis) -> bool:
         return str(info["run_id"]), int(client.connection_pool.connection_kwargs.get("db") or 0)
 
     return identity(one) == identity(other)
-
-
-#: Servers that this process has warned of: a worker and its schedulers all check the same one.
-_warned: set[str] = set()
-
-
-def check_server(client: Redis, logger: logging.Logger) -> None:
-    """Refuse a Redis that cannot keep the promises, warn of one that weakens them.
-
-    Raises:
-        ConfigurationError: If it is too old, may evict the ledger's keys, or does not tell.
-    """
-    try:
-        info = client.info()
-    except NoPermissionError as error:
-        raise ConfigurationError(
-            f"the ledger's Redis does not tell what it is ({error}); besides what Celery "
-            "needs, its user needs INFO: ACL SETUSER <user> +info"
-        ) from None
-    url = str(client.connection_pool.connection_kwargs)
-    found = str(info["redis_version"])
-    numbers = tuple(int(part) for part in found.split(".")[:2])
-    if numbers < MINIMUM_VERSION:
-        raise ConfigurationError(
-            f"the ledger's Redis has version {found}, expected 6.2 or newer: upgrade the server"
-        )
-    policy = str(info.get("maxmemory_policy", "noeviction"))
-    if int(info.get("maxmemory", 0)) and policy.startswith("allkeys"):
-        raise ConfigurationError(
-            f"the ledger's Redis evicts keys when memory is full (maxmemory-policy {policy}), "
-            "which would lose tasks. Expected noeviction: CONFIG SET maxmemory-policy noeviction"
-        )
-    if policy != "noeviction":
-        logger.warning(
-            "The ledger's Redis has maxmemory-policy %s; set noeviction, so that a full memory "
-            "refuses tasks instead of dropping state.",
-            policy,
-            extra={"action": "redis_check", "maxmemory_policy": policy},
-        )
-    if url not in _warned and not _is_persistent(client, info, logger):
-        logger.warning(
-            "The ledger's Redis keeps nothing across its restart (appendonly no): "
-            "tasks that wait are lost with it. CONFIG SET appendonly yes.",
-            extra={"action": "redis_check", "appendonly": False},
-        )
-    _warned.add(url)
-
-
-def check_failover(client: Redis, heartbeat_timeout: float) -> None:
-    """Refuse a heartbeat_timeout that every failover of Sentinel's would be longer than.
-
-    Says nothing if no sentinel answers, or there is none.
-
-    Raises:
-        ConfigurationError: With the least that would do.
-    """
-    pool: Any = client.connection_pool
-    if not isinstance(pool, SentinelConnectionPool):
-        return
-    for sentinel in pool.sentinel_manager.sentinels:
-        try:
-            found = sentinel.sentinel_masters()[pool.service_name]
-        except (RedisError, KeyError):
-            continue
-        down_after = int(found["down-after-milliseconds"]) / 1000
-        least = down_after + FAILOVER_SECONDS
-        if heartbeat_timeout < least:
-            raise ConfigurationError(
-                f"heartbeat_timeout ({heartbeat_timeout:g} s) is shorter than a failover: Sentinel "
-                f"takes the master {pool.service_name!r} for down after {down_after:g} s, and the "
-                f"change takes some {FAILOVER_SECONDS:g} s more. Set heartbeat_timeout to "
-                f"{least:g} s or more, or lower down-after-milliseconds"
-            )
-        return
-
-
-def _is_persistent(client: Redis, info: dict[str, object], logger: logging.Logger) -> bool:
-    if info.get("aof_enabled"):
-        return True
-    try:
-        return bool(client.config_get("save").get("save"))
-    except ResponseError as error:
-        logger.warning(
-            "Whether the ledger's Redis keeps its data across a restart could not be checked (%s). "
-            "Expected: appendonly yes.",
-            error,
-            extra={"action": "redis_check", "appendonly": None},
-        )
-        return True
 
 
 class Reachability:

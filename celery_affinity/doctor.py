@@ -17,10 +17,11 @@ from redis.exceptions import RedisError, ResponseError
 
 from celery_affinity.bound import Bound
 from celery_affinity.broker import OutOfSight
-from celery_affinity.connection import MINIMUM_VERSION, connect
+from celery_affinity.connection import connect
 from celery_affinity.foreign import consumed_queues
 from celery_affinity.keys import Keys
 from celery_affinity.scripts import SCHEMA_VERSION
+from celery_affinity.server_checks import MINIMUM_VERSION, refusal_of_cluster
 from celery_affinity.settings import AffinityQueue
 from celery_affinity.types import Finding
 
@@ -47,6 +48,9 @@ def examine(bound: Bound) -> list[Finding]:
             found = f"does not tell what it is ({error})"
             fix = "start it, mend redis_url or the broker's URL, or allow its user INFO (ACL +info)"
             return [*findings, Finding(about, "error", found, fix)]
+        if refused := refusal_of_cluster(client, info):
+            found = "a node of a cluster, used as if it were alone"
+            return [*findings, Finding("Redis", "error", found, refused)]
         servers.setdefault(info["run_id"], _Server(client, info, [])).shards.append(shard)
     examinations: list[Callable[[], Iterable[Finding]]] = [
         lambda: _servers(list(servers.values())),

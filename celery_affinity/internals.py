@@ -20,6 +20,8 @@ Checked on celery 5.7.0 (kombu 5.7.0, billiard 4.3.2, redis-py 8.1.0) and on the
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -38,6 +40,7 @@ from celery_affinity.running import Run, Tracer, current_run
 
 __all__ = (
     "call_before_cold_stop",
+    "connect_anew",
     "consume_worker_queues",
     "native_thread",
     "outlive_lost_connections",
@@ -302,6 +305,22 @@ def _close_in_any_case(connection: Any) -> None:
             )
 
     connection.close = closed
+
+
+def connect_anew(worker: Any, queues: Iterable[str]) -> None:
+    """Have a worker that takes itself for a consumer of one of these queues connect anew.
+
+    For queues that are not there: Celery 5.7 does not hear the broker cancel a consumer while its
+    event loop begins (`loops._quick_drain`), and would consume nothing for ever. For any thread.
+    """
+    try:
+        tasks, connection = worker.consumer.task_consumer, worker.consumer.connection
+        if any(map(tasks.consuming_from, queues)) and connection.connected:
+            # Not by the socket itself: one of TLS would then be read as if it were none.
+            with socket.socket(fileno=os.dup(connection.connection.sock.fileno())) as line:
+                line.shutdown(socket.SHUT_RDWR)
+    except (AttributeError, OSError):
+        pass  # it is connecting
 
 
 # Threads

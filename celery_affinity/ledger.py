@@ -153,12 +153,16 @@ class Ledger(TagReads):
     def workers(self, queues: Sequence[AffinityQueue]) -> list[WorkerRecord]:
         """The registered workers, by name."""
         names = {queue.state: queue.name for queue in queues}
-        found = self._client.zrange(self._keys.workers, 0, -1, withscores=True)
-        now = _ms(self._client.time())
+
+        def ask(pipe: Any) -> None:
+            pipe.zrange(self._keys.workers, 0, -1, withscores=True)
+            pipe.time()
+
+        found, now = self._answers(ask, transaction=False)
         records = [
             record
             for incarnation, due in found
-            if (record := self._worker(_text(incarnation), (due - now) / 1000, names))
+            if (record := self._worker(_text(incarnation), (due - _ms(now)) / 1000, names))
         ]
         return sorted(records, key=lambda record: record.name)
 

@@ -16,7 +16,6 @@ from uuid import uuid4
 from redis.exceptions import RedisError
 
 from celery_affinity import internals, slot_pool
-from celery_affinity.connection import check_failover, check_server
 from celery_affinity.delivery import Delivery
 from celery_affinity.gate import Gate
 from celery_affinity.namesake import Namesake
@@ -26,6 +25,7 @@ from celery_affinity.pulse import Pulse
 from celery_affinity.reception import Strategy, requeue_unknown_tasks
 from celery_affinity.relay import Relay
 from celery_affinity.scripts import Scripts
+from celery_affinity.server_checks import check_failover, check_server
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.topology import worker_queue_name
 from celery_affinity.unreadable import survive_unreadable
@@ -82,7 +82,10 @@ class Node:
         looks = [self._namesake.look]
         if delivery.broker is not None:
             looks.append(self._note_abroad)
-        self._ledgers = NodeLedgers(self, settings, url, delivery, looks, self._pulse.beat)
+        connect_anew = partial(internals.connect_anew, worker)
+        self._ledgers = NodeLedgers(
+            self, settings, url, delivery, looks, self._pulse.beat, connect_anew
+        )
         self.reporter = self._ledgers.reporter
         internals.call_before_cold_stop(worker, self.reporter.request_drain)
         self._started = False

@@ -5,7 +5,7 @@ With one shard, which is the rule, all of these are one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -62,6 +62,7 @@ class NodeLedgers:
     Arguments:
         looks: Called after each beat in the first shard.
         pulse: Called before each beat in the first shard.
+        connect_anew: See `Relay`.
     """
 
     def __init__(
@@ -72,11 +73,13 @@ class NodeLedgers:
         delivery: Delivery,
         looks: Sequence[Look],
         pulse: Callable[[], None],
+        connect_anew: Callable[[Iterable[str]], None],
     ) -> None:
         self._node = node
         self._settings = settings
         self._url = url
         self._delivery = delivery
+        self._connect_anew = connect_anew
         #: The node's name in each shard. Stamps carry it: it says which shard a message is of.
         self.incarnations = incarnations_of(node.incarnation, settings.shards)
         self._shards = range(settings.shards)
@@ -161,6 +164,7 @@ class NodeLedgers:
             self._queue_abroad,
             self.reporter.held,
             lambda stamp, reason: self.reporter.discard(stamp, "bury", reason),
+            self._connect_anew,
         )
 
     def _queue_abroad(self, state: str) -> str | None:

@@ -11,6 +11,10 @@ way (heartbeat.lua), and so does what was published and has not arrived yet (hel
 broker's connection is lost or `UNDER_WAY_SECONDS` are over
 (test_while_the_broker_is_away_no_message_is_sent_again_and_again).
 
+A worker queue that is deleted under its consumer (by the leader, when it gave up a node that comes
+back) is declared again when the consumer connects anew. Celery may not notice; then the relay has
+it do so (test_both_workers_given_up_while_they_start_run_again).
+
 Crash windows:
 
 - between publish and removal: it is published twice. Both copies have one send number; the gate
@@ -23,7 +27,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from redis import Redis
@@ -44,6 +49,8 @@ BATCH = 100
 WAIT_SECONDS = 5.0
 #: Seconds before a broker or a Redis that failed is tried again.
 RETRY_SECONDS = 0.5
+#: Seconds after which a worker queue that is still not there is told of, again and again.
+MISSING_SECONDS = 3.0
 
 
 class Relay:
@@ -54,6 +61,7 @@ class Relay:
         queue_of: The worker queue for an affinity queue's state name, or None if not served.
         held: Told of what is under way.
         unusable: Told of a message that the broker's client cannot send, and why.
+        missing: Told of worker queues that have not been there for a while.
 
     Does not: decide what is sent again; the heartbeat's script does.
     """
@@ -66,6 +74,7 @@ class Relay:
         queue_of: Callable[[str], str | None],
         held: Held,
         unusable: Callable[[Stamp, str], Any],
+        missing: Callable[[Collection[str]], Any],
     ) -> None:
         self._client: Any = client
         self._outbox = outbox
@@ -73,6 +82,8 @@ class Relay:
         self._queue_of = queue_of
         self._held = held
         self._unusable = unusable
+        self._missing = missing
+        self._missing_since: float | None = None
         self._stopping = threading.Event()
         self._doorbell = Doorbell(client, [outbox])
         self._thread: threading.Thread | None = None
@@ -144,13 +155,25 @@ class Relay:
             for stamp, is_there in zip(stamps, went or [False] * len(stamps), strict=True):
                 if not is_there:
                     self._held.unsent(stamp)
-        if not all(went):
-            # Celery's consumer is about to declare it (again).
-            self._reachability.unanswered(OSError("this worker's queue is not there"))
-        done += [raw for (_, _, raw), is_there in zip(messages, went, strict=False) if is_there]
+        published = list(zip(messages, went, strict=False))
+        self._note_missing({queue for (_, queue, _), is_there in published if not is_there})
+        done += [raw for (_, _, raw), is_there in published if is_there]
         if done:
             self._remove(done)
         return len(done) == len(raws)
+
+    def _note_missing(self, queues: Collection[str]) -> None:
+        now = time.monotonic()
+        if not queues:
+            self._missing_since = None
+            return
+        # Mostly Celery's consumer is about to declare it (again).
+        self._reachability.unanswered(OSError("this worker's queue is not there"))
+        if self._missing_since is None:
+            self._missing_since = now
+        elif now - self._missing_since >= MISSING_SECONDS:
+            self._missing_since = now
+            self._missing(queues)
 
     def _addressed(
         self, raws: Sequence[bytes]

@@ -6,7 +6,8 @@ rescue the clock's advance is compared with the own monotonic clock and the serv
 the last one; after a jump or a restart all heartbeats count as new. A jump also ends the leader's
 term, so candidates look at the clock too: whoever follows must know of it. A change of master is
 seen as a restart is, by its run id. What the new master did not get in time it does not have, so
-the term that began on the old one ends there (scheduler.py).
+the term that began on the old one ends there (scheduler.py). So it is when a cluster moves the
+ledger's slot to another node.
 
 While Redis is paused, slow, out of connections, or refuses all writes (a full disk), heartbeats do
 not get through either. So what the leader or candidate finds of that is not held against them:
@@ -25,6 +26,7 @@ from __future__ import annotations
 import logging
 import time
 
+from celery_affinity.connection import server_clock
 from celery_affinity.scripts import Scripts
 
 __all__ = ("Rescuer",)
@@ -110,9 +112,8 @@ class Rescuer:
         return int(self._last[1] * 1000), int(self.pause * 1000)
 
     def _clock_moved(self) -> bool:
-        info = self._scripts.client.info("server")
-        seconds, micros = self._scripts.client.time()
-        run_id, server, own = str(info["run_id"]), seconds + micros / 1e6, time.monotonic()
+        run_id, server = server_clock(self._scripts.client, self._scripts.keys.prefix)
+        own = time.monotonic()
         last, self._last = self._last, (run_id, server, own)
         if last is None:
             # Nothing is known of the time before: who was elected at once waits one timeout.

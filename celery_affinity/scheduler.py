@@ -20,13 +20,14 @@ from redis.exceptions import RedisError
 
 from celery_affinity.burials import Burials
 from celery_affinity.carrying import Carrier
-from celery_affinity.connection import Reachability, check_failover, check_server
+from celery_affinity.connection import Reachability
 from celery_affinity.doorbell import Doorbell
 from celery_affinity.exceptions import ConfigurationError, ShardsError
 from celery_affinity.intake import Intake
 from celery_affinity.leadership import Elector
 from celery_affinity.rescuer import Rescuer
 from celery_affinity.scripts import Scripts
+from celery_affinity.server_checks import check_failover, check_server
 from celery_affinity.settings import AffinityQueue
 from celery_affinity.witness import Witness
 

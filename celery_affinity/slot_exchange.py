@@ -27,6 +27,7 @@ import logging
 import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 
 from redis.exceptions import RedisError
 
@@ -43,13 +44,17 @@ LOOK_SECONDS = 0.2
 
 
 def choose(
-    demands: Mapping[int, Demand], owner: Mapping[int, int], coming: Mapping[int, int]
+    demands: Mapping[int, Demand],
+    owner: Mapping[int, int],
+    coming: Mapping[int, int],
+    turns: Mapping[int, int],
 ) -> tuple[int, int] | None:
     """The next slot to move and the shard that is to have it, or None.
 
     Arguments:
         owner: Slot -> shard, of those that are not on their way.
         coming: Shard -> slots that are on their way to it.
+        turns: Shard -> when it got a slot last; shards that are equally in need take turns.
     """
     has = {shard: sum(one == shard for one in owner.values()) for shard in demands}
     needy = [
@@ -57,7 +62,7 @@ def choose(
         for shard, demand in demands.items()
         if demand.ready > coming.get(shard, 0) and not demand.free
     ]
-    for shard in sorted(needy, key=lambda shard: (demands[shard].held, has[shard])):
+    for shard in sorted(needy, key=lambda s: (demands[s].held, has[s], turns.get(s, 0))):
         spare = [
             slot
             for slot, at in owner.items()
@@ -103,6 +108,8 @@ class SlotExchange:
         self._owner: dict[int, int] = {}
         #: Slot -> (shard that it leaves, shard that is to have it).
         self._moving: dict[int, tuple[int, int]] = {}
+        self._turns: dict[int, int] = {}
+        self._numbers = count(1)
         self._stopping = threading.Event()
         self._reachability = [
             Reachability(logger, "slots", f"The Redis of shard {shard}")
@@ -150,6 +157,7 @@ class SlotExchange:
             with self._lock:
                 old = self._owner[slot]
                 self._moving[slot] = old, new
+                self._turns[old] = self._turns[new] = next(self._numbers)
             if not self._ask_again(old, demands):
                 return
             if slot not in demands[old].leased:
@@ -163,7 +171,7 @@ class SlotExchange:
             coming: dict[int, int] = {}
             for _, new in self._moving.values():
                 coming[new] = coming.get(new, 0) + 1
-        return choose(demands, owner, coming)
+        return choose(demands, owner, coming, self._turns)
 
     def _ask(self, shard: int) -> Demand | None:
         """How a shard stands, after it was told which slots it has; None without an answer."""

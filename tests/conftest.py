@@ -9,9 +9,10 @@ from uuid import uuid4
 
 import pytest
 
-from brokers import ELSEWHERE, SAME, Broker, broker_of
+from brokers import CLUSTERED, ELSEWHERE, SAME, Broker, broker_of
 from celery_affinity.embedded import Server, find_binary, start_server
 from celery_affinity.exceptions import ConfigurationError
+from clusters import RedisCluster
 from harness import BROKER_VARIABLE, Cluster
 from history import HISTORY_VARIABLE
 from rabbit import RabbitServer, start_rabbit
@@ -91,8 +92,17 @@ def broker(server: Server, request: pytest.FixtureRequest) -> Broker:
     return broker_of(
         kind, server,
         request.getfixturevalue("rabbit") if kind.startswith("rabbitmq") else None,
-        request.getfixturevalue("broker_server") if kind == ELSEWHERE else None,
+        request.getfixturevalue("broker_server") if kind.startswith(ELSEWHERE) else None,
+        request.getfixturevalue("redis_cluster") if kind in CLUSTERED else None,
     )
+
+
+@pytest.fixture
+def redis_cluster(server_binary: Path, tmp_path: Path) -> Iterator[RedisCluster]:
+    """A Redis Cluster of the test's own, without replicas."""
+    found = RedisCluster(tmp_path / "cluster")
+    yield found
+    found.close()
 
 
 @pytest.fixture

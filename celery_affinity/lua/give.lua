@@ -16,7 +16,9 @@ if redis.call('EXISTS', batch) == 0 then
   end
   redis.call('SET', giving, name)
   for _ = 1, most do
-    if not redis.call('LMOVE', back, batch, 'RIGHT', 'LEFT') then break end
+    local raw = redis.call('RPOP', back)
+    if not raw then break end
+    redis.call('LPUSH', batch, raw)
   end
 end
 local answer = {redis.call('GET', giving)}

@@ -38,9 +38,9 @@ PASSWORD = "Geheim/+@1"
 OF_RARE_TROUBLE = {"auth", "hello", "watch", "unwatch", "punsubscribe", "zrevrangebyscore"}
 
 
-def documented_user() -> list[str]:
-    """The words after ACL SETUSER, of the how-to's first block of text."""
-    (block,) = re.findall(r"```text\nACL SETUSER (.*?)```", HOWTO.read_text(), re.DOTALL)
+def documented_user(name: str = "celery") -> list[str]:
+    """The words after ACL SETUSER, of the how-to's block for that user."""
+    (block,) = re.findall(rf"```text\nACL SETUSER ({name} .*?)```", HOWTO.read_text(), re.DOTALL)
     words = block.replace("invoices", "jobs").split()
     return [f">{PASSWORD}" if word == ">PASSWORD" else word for word in words]
 

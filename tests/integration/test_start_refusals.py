@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from celery_affinity.connection import check_server
 from celery_affinity.embedded import Server
 from celery_affinity.exceptions import ConfigurationError
+from celery_affinity.server_checks import check_server
 from nursery import nursery
 
 APP = """
@@ -146,6 +146,7 @@ def test_a_beat_with_settings_that_cannot_work_does_not_start(
     [
         ("memory://", "the broker is 'memory', which has no place for the queue of each worker"),
         ("filesystem://", "the broker is 'filesystem'"),
+        ("redis+cluster://127.0.0.1:1", "the broker is a Redis Cluster, which Celery cannot use"),
         ("amqp://127.0.0.1:1//", "the broker is 'amqp'; celery_affinity needs a Redis or Valkey"),
     ],
 )

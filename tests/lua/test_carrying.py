@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -411,12 +412,20 @@ def test_what_was_taken_off_the_broker_stays_there_if_the_queue_is_resumed_meanw
     bench: Bench, hub: Hub
 ) -> None:
     taken = [Taken(message("a-1"), "i", False, None)]
-    assert not bench.scripts.set_aside("q", "t1", taken, 60_000, 10)
+    assert not bench.scripts.set_aside("q", taken, 60_000, 10)
     assert not left_of_it(bench)
+
+
+def test_what_is_set_aside_stands_behind_the_inbox_each_once_also_after_a_lost_reply(bench: Bench) -> None:
+    back, inbox = bench.scripts.keys.back("q"), bench.scripts.keys.inbox("q")
     bench.client.hset(bench.queue_key("conf"), "evac", "1")
-    for _ in range(2):  # the second is the first one's repeat, after a lost reply
-        assert bench.scripts.set_aside("q", "t2", taken, 60_000, 10)
-    assert bench.client.llen(bench.scripts.keys.back("q")) == 1
+    bench.client.lpush(inbox, *"abcde")
+    request = ("set_aside", "q", "token", 60_000, 10, 2, "i", "", "f")
+    answers = [bench.scripts._call(*request) for _ in range(4)]
+    assert answers == [2, 2, 1, 1]
+    assert bench.client.lrange(back, 0, -1)[::-1] == [name.encode() for name in "abcdef"]
+    assert bench.scripts.set_aside("q", [Taken(b"f", "i", True, None)], 60_000, 10)
+    assert bench.client.llen(back) == 6
 
 
 def test_a_batch_that_is_given_back_ends_by_its_own_name_only(bench: Bench) -> None:
@@ -449,10 +458,12 @@ class Relayed:
         self.node: Node = bench.opening(*ids)
         self.held = Held()
         self.buried: list[tuple[Stamp, str]] = []
+        self.missing: list[set[str]] = []
         hub.queues["wq"] = []
         self.relay = Relay(
             bench.client, self.node.list, hub.outlet, lambda state: "wq" if state == "q" else None,
             self.held, lambda stamp, reason: self.buried.append((stamp, reason)),
+            lambda queues: self.missing.append(set(queues)),
         )
 
     def once(self) -> bool:
@@ -550,6 +561,20 @@ def test_a_message_for_a_queue_that_is_not_declared_stays_in_the_outbox(relayed:
     relayed.hub.queues["wq"] = []
     assert relayed.once()
     assert len(relayed.arrivals()) == 1
+
+
+def test_a_queue_that_stays_away_is_told_of_from_time_to_time(
+    relayed: Relayed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("celery_affinity.relay.MISSING_SECONDS", 0.2)
+    queue = relayed.hub.queues.pop("wq")
+    assert not relayed.once() and not relayed.missing, "it may be about to be declared"
+    told = time.monotonic()
+    wait_until(lambda: relayed.once() or len(relayed.missing) == 2, what="two words")
+    assert relayed.missing == [{"wq"}, {"wq"}] and time.monotonic() - told >= 0.4
+    relayed.hub.queues["wq"] = queue
+    assert relayed.once()
+    assert len(relayed.missing) == 2
 
 
 def test_a_message_that_the_client_cannot_send_is_buried_and_holds_up_no_other(bench: Bench, hub: Hub) -> None:

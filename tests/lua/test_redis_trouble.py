@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from redis.client import Pipeline
 from redis.exceptions import OutOfMemoryError
 
 from celery_affinity.doorbell import Doorbell
@@ -168,6 +169,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+class LatePipeline(Pipeline):
+    """Its answer to TIME is that of the test's clock."""
+
+    def __init__(self, client: Redis, clock: Clock) -> None:
+        super().__init__(client.connection_pool, client.response_callbacks, False, None)
+        self._clock = clock
+
+    def execute(self, raise_on_error: bool = True) -> list[Any]:
+        *others, (seconds, micros) = super().execute(raise_on_error)
+        return [*others, (int(seconds + self._clock.now), micros)]
+
+
 class Later(Scripts):
     """Scripts whose server tells the time of the test's clock."""
 
@@ -175,8 +188,7 @@ class Later(Scripts):
         super().__init__(bench.client, bench.scripts.keys)
         real = bench.client
         self.client = SimpleNamespace(  # type: ignore[assignment]
-            info=real.info, register_script=real.register_script,
-            time=lambda: (int(real.time()[0] + clock.now), real.time()[1]),
+            register_script=real.register_script, pipeline=lambda **_: LatePipeline(real, clock)
         )  # fmt: skip
 
     def rescue(self, state: str, fence: str, budget: int, looked: object = None) -> list[Any]:

@@ -144,7 +144,7 @@ class FakeClient:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self.connection_pool = SimpleNamespace(connection_kwargs={})
+        self.connection_pool = SimpleNamespace(connection_kwargs={}, connection_class=object)
 
     def info(self, section: str = "") -> dict[str, Any]:
         self._world.pause()
@@ -169,10 +169,11 @@ class FakeClient:
         self._world.pause()
         return self._world.ledger.command("HMGET", key, *fields)
 
-    def time(self) -> tuple[int, int]:
+    def clock(self) -> tuple[str, float]:
+        """Its run id and time: one round trip."""
         self._world.pause()
         self._world.looked_at_clock()
-        return divmod(self._world.redis_us, 1_000_000)
+        return "one", self._world.redis_us / 1e6
 
 
 @contextmanager
@@ -183,6 +184,7 @@ def installed(world: World) -> Iterator[None]:
         (module, "time", Time(world))
         for module in (burials, evacuation, gate, leadership, reporter, rescuer, scheduler, starts, watchdog)
     ]
+    patches += [(rescuer, "server_clock", lambda client, key: client.clock())]
     patches += [(reporter, "os", pipes), (reporter, "select", pipes)]
     threads = SimpleNamespace(
         Event=lambda: Event(world),

@@ -6,11 +6,13 @@ import ssl
 from typing import Any
 
 import pytest
+from celery import Celery
 from redis.connection import SSLConnection
 from redis.sentinel import SentinelManagedConnection, SentinelManagedSSLConnection
 
 from celery_affinity import Affinity, AffinityQueue, ConfigurationError
 from celery_affinity.address import Address, ledger_url, masked, same_server
+from celery_affinity.cluster import ToOwner
 from celery_affinity.connection import connect
 from celery_affinity.resolving import resolve
 
@@ -26,6 +28,8 @@ SENTINELS = "sentinel://:pw@one:1;sentinel://:pw@two:2"
         ("redis+socket://:pw@/tmp/a%20b.sock?virtual_host=5", [], "/tmp/a b.sock", 5, (None, "pw")),
         ("unix:///tmp/s.sock?db=6", [], "/tmp/s.sock", 6, (None, None)),
         (SENTINELS, [("one", 1), ("two", 2)], "", 0, (None, "pw")),
+        ("redis+cluster://:pw@one:1;redis+cluster://:pw@two:2/0", [("one", 1), ("two", 2)], "", 0, (None, "pw")),
+        ("rediss+cluster://me:pw@one", [("one", 6379)], "", 0, ("me", "pw")),
         ("sentinel://one;sentinel://two/7", [("one", 26379), ("two", 26379)], "", 7, (None, None)),
     ],
 )  # fmt: skip
@@ -40,11 +44,12 @@ def test_an_address_is_taken_apart(
 @pytest.mark.parametrize(
     "url",
     ["redis://:my/Secret@host", "redis://:Secret@host:x/0", "redis://host/Secret", "Secret://host"
-     "sentinel://a/1;sentinel://:Secret@b/2", "redis://:Secret@a;sentinel://b"],
+     "sentinel://a/1;sentinel://:Secret@b/2", "redis://:Secret@a;sentinel://b",
+     "redis+cluster://:Secret@a;redis://b", "redis+cluster://:Secret@a/x"],
 )  # fmt: skip
 def test_what_cannot_be_taken_apart_is_refused_and_not_shown(url: str) -> None:
     with pytest.raises(ConfigurationError) as error:
-        connect(url)
+        connect(url, "prefix")
     assert "Secret" not in str(error.value) and error.value.__suppress_context__
 
 
@@ -55,6 +60,7 @@ def test_what_cannot_be_taken_apart_is_refused_and_not_shown(url: str) -> None:
         ("redis://me:Secret@h:1/0", "redis://me:**@h:1/0"),
         ("redis://:Sec@Secret?/Secret@h:1/0", "redis://:**@h:1/0"),
         ("sentinel://:Secret@a;sentinel://u:Secret@b", "sentinel://:**@a;sentinel://u:**@b"),
+        ("redis+cluster://u:Secret@a;redis+cluster://:Secret@b", "redis+cluster://u:**@a;redis+cluster://:**@b"),
         ("unix:///s?password=Secret&db=1", "unix:///s?password=**&db=1"),
         ("sentinel://a?sentinel_password=Secret", "sentinel://a?sentinel_password=**"),
         ("rediss://a?ssl_password=Secret", "rediss://a?ssl_password=**"),
@@ -101,6 +107,28 @@ def test_a_master_that_is_not_named_is_asked_for() -> None:
         ledger_url(SENTINELS, None, {"sentinel_kwargs": {"retry": {}}})
 
 
+def test_a_clusters_connections_are_to_the_owner_and_its_nodes_are_seeds() -> None:
+    url = ledger_url("redis+cluster://me:pw@one:1;redis+cluster://two?protocol=2", None, {})
+    pool = connect(url, "{a}:").connection_pool
+    assert issubclass(pool.connection_class, ToOwner) and not issubclass(pool.connection_class, SSLConnection)
+    assert pool.connection_kwargs["username"] == "me" and pool.connection_kwargs["protocol"] == 2
+    for tls in ("rediss+cluster://one", "redis+cluster://one?ssl_ca_certs=/ca"):
+        assert issubclass(connect(tls, "{a}:").connection_pool.connection_class, SSLConnection)
+    with pytest.raises(ConfigurationError, match="names the database 1, and a Redis Cluster has none but 0"):
+        connect("redis+cluster://one/1", "{a}:")
+
+
+@pytest.mark.parametrize("scheme", ["redis+cluster", "rediss+cluster"])
+def test_a_cluster_is_refused_as_the_broker(scheme: str) -> None:
+    app = Celery("shop", broker=f"{scheme}://:Secret@one")
+    affinity = Affinity(app, queues=[AffinityQueue("q")])
+    with pytest.raises(ConfigurationError, match="the broker is a Redis Cluster") as error:
+        _ = affinity.redis_url
+    assert "Secret" not in str(error.value)
+    with pytest.raises(ConfigurationError, match="the broker is a Redis Cluster"):
+        connect(f"{scheme}://one")
+
+
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [
@@ -112,6 +140,8 @@ def test_a_master_that_is_not_named_is_asked_for() -> None:
         ("sentinel://a;sentinel://b?master_name=m", "sentinel://b;sentinel://a?master_name=m", True),
         ("sentinel://a?master_name=m", "sentinel://a?master_name=n", False),
         ("sentinel://a:6379?master_name=m", "redis://a:6379", False),
+        ("redis+cluster://a;redis+cluster://b", "rediss+cluster://b;rediss+cluster://a", True),
+        ("redis+cluster://a:6379", "redis://a:6379", False),
     ],
 )
 def test_two_urls_of_one_database_are_known_as_such(one: str, other: str, same: bool) -> None:
@@ -119,8 +149,6 @@ def test_two_urls_of_one_database_are_known_as_such(one: str, other: str, same: 
 
 
 def test_settings_never_show_a_password() -> None:
-    from celery import Celery
-
     settings, origins = resolve({"redis_url": "redis://:Secret@there/1"}, {}, {})
     app = Celery("shop", broker="redis://:Secret@here/0")
     affinity = Affinity(app, queues=[AffinityQueue("q")], redis_url="redis://:Secret@there/1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from celery import Celery
 from celery.worker.consumer import Consumer
 
-from celery_affinity import bootstep
+from celery_affinity import bootstep, internals
 
 
 class Broken:
@@ -56,3 +57,27 @@ def test_a_consumer_without_a_connection_reconnects_as_ever() -> None:
     error = ConnectionError("closed by server")
     made.on_connection_error_after_connected(error)
     assert seen == [error]
+
+
+@pytest.mark.parametrize("queue, is_cut", [("jobs.worker.w1", True), ("another", False)])
+def test_a_worker_connects_anew_for_a_queue_that_it_takes_itself_for_a_consumer_of(
+    queue: str, is_cut: bool
+) -> None:
+    ours, brokers = socket.socketpair()
+    connection = SimpleNamespace(connected=True, connection=SimpleNamespace(sock=ours))
+    tasks = SimpleNamespace(consuming_from=lambda name: name == "jobs.worker.w1")
+    worker = SimpleNamespace(consumer=SimpleNamespace(task_consumer=tasks, connection=connection))
+    ours.setblocking(False)
+    with ours, brokers:
+        internals.connect_anew(worker, [queue])
+        if is_cut:
+            assert ours.recv(1) == b"", "its event loop reads the end of the connection"
+        else:
+            with pytest.raises(BlockingIOError):
+                ours.recv(1)
+
+
+def test_a_worker_that_is_connecting_is_left_to_it() -> None:
+    consumer = SimpleNamespace(task_consumer=None, connection=None)
+    for worker in (SimpleNamespace(), SimpleNamespace(consumer=consumer)):
+        internals.connect_anew(worker, ["jobs.worker.w1"])

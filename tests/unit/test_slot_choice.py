@@ -8,11 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_affinity.node_scripts import Demand
-from celery_affinity.slot_exchange import choose
+from celery_affinity.slot_exchange import choose as choose_in_turn
 
 
 def demand(ready: int = 0, free: int = 0, held: int = 0, idle: tuple[int, ...] = (), leased: tuple[int, ...] = ()) -> Demand:
     return Demand(ready, free, held, frozenset(idle), frozenset(leased), frozenset())
+
+
+def choose(demands: dict[int, Demand], owner: dict[int, int], coming: dict[int, int]) -> tuple[int, int] | None:
+    """Without a history."""
+    return choose_in_turn(demands, owner, coming, {})
 
 
 def test_nothing_moves_while_no_tag_waits() -> None:
@@ -38,6 +43,12 @@ def test_a_shard_with_more_slots_gives_one_up_but_never_so_that_it_then_has_fewe
 def test_a_shard_without_any_lease_gets_the_only_slot_there_is() -> None:
     assert choose({0: demand(ready=9, held=1, leased=(0,)), 1: demand(ready=1)}, {0: 0}, {}) == (0, 1)
     assert choose({0: demand(ready=9, held=1, leased=(0,)), 1: demand(ready=1, held=1)}, {0: 0}, {}) is None
+
+
+def test_shards_that_are_equally_in_need_take_turns() -> None:
+    waits = {0: demand(ready=9, held=1, leased=(0,)), 1: demand(ready=1), 2: demand(ready=1)}
+    assert choose_in_turn(waits, {0: 0}, {}, {0: 3, 1: 2, 2: 1}) == (0, 2)
+    assert choose_in_turn(waits, {0: 0}, {}, {0: 3, 1: 1, 2: 2}) == (0, 1)
 
 
 def test_a_shard_that_does_not_answer_neither_gives_nor_gets() -> None:
