@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from celery_affinity.keys import Keys
 from celery_affinity.measures import Measures
 from celery_affinity.operator_scripts import OperatorScripts
 from celery_affinity.scripts import Scripts
+from celery_affinity.service import SchedulerService
 from celery_affinity.settings import ENTRIES_A_SHARD
 from celery_affinity.sharding import incarnation_in, node_of, shard_of
 from celery_affinity.tag_lists import _across, _row
@@ -536,3 +538,12 @@ def test_what_a_shard_has_already_is_not_given_back_again(three: System) -> None
     found = three.on_the_broker()
     assert found == {TAGS[0]: [f"{TAGS[0]}-1", f"{TAGS[0]}-2"], TAGS[1]: [f"{TAGS[1]}-1"],
                      TAGS[2]: [f"{TAGS[2]}-1"], TAGS[3]: [f"{TAGS[3]}-1", f"{TAGS[3]}-2"]}  # fmt: skip
+
+
+def test_a_scheduler_shows_the_figures_of_the_queues_whose_first_shard_it_leads(three: System) -> None:
+    """All of a queue by one of them, so that sums over schedulers count nothing twice."""
+    settings = three.affinity.settings
+    service = SchedulerService(settings, "", three.affinity.delivery, "n", lambda _: "", lambda *_: None)
+    for leads, shown in (((True, True, False), ["q"]), ((False, True, True), [])):
+        service._running = [(SimpleNamespace(leading=one), None) for one in leads]  # type: ignore[misc]
+        assert service.led_queues == shown and service.leading
