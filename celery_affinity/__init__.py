@@ -15,6 +15,7 @@ from celery_affinity.exceptions import (
     OperationError,
     OwnTagWaitError,
     SchemaVersionError,
+    ShardsError,
     TagError,
     UndeclaredQueueError,
 )
@@ -82,6 +83,7 @@ __all__ = (
     "OperationError",
     "OwnTagWaitError",
     "SchemaVersionError",
+    "ShardsError",
     "TagError",
     "UndeclaredQueueError",
 )

@@ -141,7 +141,9 @@ class Affinity(Looking, Operations, DeadLetterCalls):
 
     def _note_revoked(self, ids: list[str]) -> None:
         if self.settings.queues and not self.app.conf.task_always_eager:
-            self._scripts.revoke([queue.state for queue in self.settings.queues], ids)
+            for shard in range(self.settings.shards):
+                states = [part.state for part in self.settings.parts if part.shard == shard]
+                self._shards.scripts(shard).revoke(states, ids)
 
     # Scheduling, in beat and in workers of role "both"
 

@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from celery_affinity.connection import connect
 from celery_affinity.delivery import Delivery
 from celery_affinity.exceptions import AmbiguousQueueError, NoSuchWorkerError, UndeclaredQueueError
-from celery_affinity.keys import Keys
-from celery_affinity.ledger import Ledger
 from celery_affinity.operator_scripts import OperatorScripts
 from celery_affinity.settings import AffinityQueue, AffinitySettings
+from celery_affinity.sharding import shard_of
+from celery_affinity.shards import Shards
 from celery_affinity.types import WorkerRecord
+from celery_affinity.whole import WholeLedger
 
 __all__ = ("Bound",)
 
 
 class Bound:
-    """An app's queues and its ledger, connected when they are first needed."""
+    """An app's queues and its ledgers, connected when they are first needed."""
 
     if TYPE_CHECKING:
         app: Any
@@ -42,20 +42,29 @@ class Bound:
         def _tag_of_message(self, message: Mapping[str, Any]) -> object: ...
 
     @cached_property
-    def _ledger(self) -> Ledger:
-        keys = Keys(self.settings.namespace)
-        return Ledger(connect(self.redis_url, keys.prefix), keys, self.delivery)
+    def _shards(self) -> Shards:
+        return Shards(self.redis_url, self.settings.namespace, self.delivery)
 
     @cached_property
+    def _ledger(self) -> WholeLedger:
+        return WholeLedger(self._shards)
+
+    @property
     def _scripts(self) -> OperatorScripts:
-        keys = Keys(self.settings.namespace)
-        return OperatorScripts(connect(self.redis_url, keys.prefix), keys)
+        """Those of the first shard, which has what is the whole namespace's."""
+        return self._shards.scripts()
 
     def _declared(self, queue: str) -> AffinityQueue:
         found = self.settings.queue(queue)
         if found is None:
             raise UndeclaredQueueError(queue, self.settings.queue_names)
         return found
+
+    def _part(self, queue: str, tag: str) -> tuple[OperatorScripts, AffinityQueue]:
+        """The part of a declared queue that a tag belongs to, and the scripts of its ledger."""
+        declared = self._declared(queue)
+        part = declared.parts[shard_of(tag, declared.shards)]
+        return self._shards.scripts(part.shard), part
 
     def queue_named(self, queue: str | None) -> AffinityQueue:
         """The declared queue of that name, or without a name the only one.

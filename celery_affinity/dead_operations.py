@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 from celery_affinity.bound import Bound
 from celery_affinity.dead import DeadLetters
 from celery_affinity.intake import Intake
+from celery_affinity.settings import ENTRIES_A_SHARD, AffinityQueue
 from celery_affinity.types import DeadLetter
 from celery_affinity.who import write_down
 
@@ -48,7 +50,7 @@ class DeadLetterCalls(Bound):
             ValueError: If both entries and a tag are given.
         """
         chosen = self._chosen("requeue", queue, entries, tag, by)
-        return self._dead(queue).requeue(chosen, tag)
+        return sum(dead.requeue(mine, tag) for dead, mine in self._dead(queue, chosen))
 
     def purge_dead(
         self,
@@ -70,7 +72,7 @@ class DeadLetterCalls(Bound):
             ValueError: If both entries and a tag are given.
         """
         chosen = self._chosen("purge dead", queue, entries, tag, by)
-        return self._dead(queue).purge(chosen, tag)
+        return sum(dead.purge(mine, tag) for dead, mine in self._dead(queue, chosen))
 
     def _chosen(
         self, what: str, queue: str, entries: Iterable[int] | None, tag: str | None, by: str
@@ -89,14 +91,20 @@ class DeadLetterCalls(Bound):
         write_down(self._scripts, by, what, queue, target)
         return chosen
 
-    def _dead(self, queue: str) -> DeadLetters:
-        declared = self._declared(queue)
-        intake = Intake(
-            self._scripts, declared.state, [], self._tag_of_message, declared.untagged == "spread"
-        )
+    def _dead(
+        self, queue: str, chosen: list[int] | None
+    ) -> Iterator[tuple[DeadLetters, list[int] | None]]:
+        """Each shard's letters, with those of its own that are chosen; None: all of them."""
+        for part in self._declared(queue).parts:
+            if chosen is None:
+                yield self._dead_of(part), None
+            elif mine := [entry for entry in chosen if entry // ENTRIES_A_SHARD == part.shard]:
+                yield self._dead_of(part), mine
+
+    def _dead_of(self, part: AffinityQueue) -> DeadLetters:
+        scripts, ledger = self._shards.scripts(part.shard), self._shards.ledger(part.shard)
+        spread = part.untagged == "spread"
+        intake = Intake(scripts, part.state, [], self._tag_of_message, spread)
         return DeadLetters(
-            self._scripts,
-            declared.state,
-            intake.judge,
-            lambda tag: self._ledger.dead_entries(declared, tag),
+            scripts, part.state, intake.judge, partial(ledger.dead_entries, part)
         )

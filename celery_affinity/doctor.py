@@ -6,9 +6,10 @@ For people: it tells what it found and what to do. Probes ask `alive`, dashboard
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from redis import Redis
@@ -34,36 +35,59 @@ CLOCK_SECONDS = 1.0
 
 def examine(bound: Bound) -> list[Finding]:
     """All findings, in the order in which one would mend them."""
-    keys = Keys(bound.settings.namespace)
-    client = connect(bound.redis_url, keys.prefix, socket_timeout=3.0)
+    shards = range(bound.settings.shards)
+    keys = [Keys(bound.settings.namespace, shard) for shard in shards]
+    clients = [connect(bound.redis_url, one.prefix, socket_timeout=3.0) for one in keys]
     findings = [_versions()]
-    try:
-        info = client.info()
-    except RedisError as error:
-        found = f"does not tell what it is ({error})"
-        fix = "start it, mend redis_url or the broker's URL, or allow its user INFO (ACL +info)"
-        return [*findings, Finding("Redis", "error", found, fix)]
-    if refused := refusal_of_cluster(client, info):
-        found = "a node of a cluster, used as if it were alone"
-        return [*findings, Finding("Redis", "error", found, refused)]
+    servers: dict[str, _Server] = {}
+    for shard, client in enumerate(clients):
+        try:
+            info = client.info()
+        except RedisError as error:
+            about = "Redis" if len(clients) == 1 else f"Redis of shard {shard}"
+            found = f"does not tell what it is ({error})"
+            fix = "start it, mend redis_url or the broker's URL, or allow its user INFO (ACL +info)"
+            return [*findings, Finding(about, "error", found, fix)]
+        if refused := refusal_of_cluster(client, info):
+            found = "a node of a cluster, used as if it were alone"
+            return [*findings, Finding("Redis", "error", found, refused)]
+        servers.setdefault(info["run_id"], _Server(client, info, [])).shards.append(shard)
     examinations: list[Callable[[], Iterable[Finding]]] = [
-        lambda: _server(client, info),
-        lambda: _clock(client),
-        lambda: _ledger(client, keys),
+        lambda: _servers(list(servers.values())),
+        lambda: _ledgers(clients, keys),
         lambda: _settings(bound),
         lambda: _workers(bound),
         lambda: _broker(bound),
     ]
     for queue in bound.settings.queues:
-        examinations.append(lambda queue=queue: _queue(bound, client, queue))  # type: ignore[misc]
+        examinations.append(lambda queue=queue: _queue(bound, clients, queue))  # type: ignore[misc]
     for examination in examinations:
         findings.extend(examination())
     return findings
 
 
+class _Server(NamedTuple):
+    """A Redis, and the shards whose ledgers it has."""
+
+    client: Redis
+    info: dict[str, Any]
+    shards: list[int]
+
+
 def _versions() -> Finding:
     names = ("celery-affinity", "celery", "kombu", "redis")
     return Finding("versions", "ok", ", ".join(f"{name} {version(name)}" for name in names))
+
+
+def _servers(servers: Sequence[_Server]) -> Iterator[Finding]:
+    for client, info, shards in servers:
+        of = "" if len(servers) == 1 else f" ({_shards(shards)})"
+        for finding in (*_server(client, info), *_clock(client)):
+            yield replace(finding, about=finding.about + of)
+
+
+def _shards(shards: Sequence[int]) -> str:
+    return f"shard{'s' if len(shards) > 1 else ''} {', '.join(map(str, shards))}"
 
 
 def _server(client: Redis, info: dict[str, Any]) -> Iterator[Finding]:
@@ -104,13 +128,15 @@ def _clock(client: Redis) -> Iterator[Finding]:
         yield Finding("clock", "ok", text)
 
 
-def _ledger(client: Redis, keys: Keys) -> Iterator[Finding]:
-    found: Any = client.get(keys.prefix + "schema")
-    if found is None or found.decode() == SCHEMA_VERSION:
-        yield Finding("ledger", "ok", f"namespace {keys.namespace!r}, schema {SCHEMA_VERSION}")
-    else:
-        fix = "run the version that wrote it until it is empty, or choose another namespace"
-        yield Finding("ledger", "error", f"schema {found.decode()}, not {SCHEMA_VERSION}", fix)
+def _ledgers(clients: Sequence[Redis], keys: Sequence[Keys]) -> Iterator[Finding]:
+    text = f"namespace {keys[0].namespace!r}, schema {SCHEMA_VERSION}"
+    for client, own in zip(clients, keys, strict=True):
+        found: Any = client.get(own.prefix + "schema")
+        if found is not None and found.decode() != SCHEMA_VERSION:
+            fix = "run the version that wrote it until it is empty, or choose another namespace"
+            yield Finding("ledger", "error", f"schema {found.decode()}, not {SCHEMA_VERSION}", fix)
+            return
+    yield Finding("ledger", "ok", text if len(keys) == 1 else f"{text}, {len(keys)} shards")
 
 
 def _settings(bound: Bound) -> Iterator[Finding]:
@@ -198,17 +224,20 @@ def _strangers(bound: Bound) -> Iterator[Finding]:
         yield Finding("foreign consumers", "ok", text)
 
 
-def _queue(bound: Bound, client: Redis, queue: AffinityQueue) -> Iterator[Finding]:
+def _queue(bound: Bound, clients: Sequence[Redis], queue: AffinityQueue) -> Iterator[Finding]:
     about = f"queue {queue.name!r}"
-    for name in bound.delivery.pending_lists(queue):
-        kind: Any = client.type(name)
-        if kind not in (b"list", b"none"):
-            fix = "give the queue a pending_queue_name that nothing else uses"
-            yield Finding(about, "error", f"its key {name!r} is a {kind.decode()}", fix)
-    leader = bound._ledger.leader(queue)
-    if leader is None:
+    for part in queue.parts:
+        for name in bound.delivery.pending_lists(part):
+            kind: Any = clients[part.shard].type(name)
+            if kind not in (b"list", b"none"):
+                fix = "give the queue a pending_queue_name that nothing else uses"
+                yield Finding(about, "error", f"its key {name!r} is a {kind.decode()}", fix)
+    leaders = bound._ledger.leaders(queue)
+    vacant = [shard for shard, leader in enumerate(leaders) if leader is None]
+    if vacant:
         fix = "start `celery -A <app> beat -S affinity`, or a worker with role both"
-        yield Finding(about, "error", "nobody schedules it", fix)
+        what = "it" if queue.shards == 1 else f"{_shards(vacant)} of it"
+        yield Finding(about, "error", f"nobody schedules {what}", fix)
     serving = [
         worker
         for worker in bound._ledger.workers(bound.settings.queues)
@@ -217,21 +246,24 @@ def _queue(bound: Bound, client: Redis, queue: AffinityQueue) -> Iterator[Findin
     if not serving:
         fix = f"start `celery -A <app> worker -Q {queue.name}`"
         yield Finding(about, "error", "no worker serves it", fix)
-    yield from _limits(bound, client, queue)
-    if leader is not None and serving:
-        text = f"scheduled by {leader.leader.split('/')[0]}, {len(serving)} workers"
+    for part in queue.parts:
+        yield from _limits(bound, clients[part.shard], part)
+    if not vacant and serving:
+        names = dict.fromkeys(leader.leader.split("/")[0] for leader in leaders if leader)
+        text = f"scheduled by {', '.join(names)}, {len(serving)} workers"
         yield Finding(about, "ok", text)
 
 
-def _limits(bound: Bound, client: Redis, queue: AffinityQueue) -> Iterator[Finding]:
-    key = bound._scripts.keys.queue(queue.state, "conf")
+def _limits(bound: Bound, client: Redis, part: AffinityQueue) -> Iterator[Finding]:
+    key = bound._shards.scripts(part.shard).keys.queue(part.state, "conf")
+    about = f"queue {part.name!r}" + (f" (shard {part.shard})" if part.shards > 1 else "")
     try:
-        found: Any = client.hmget(key, list(queue.limits))
+        found: Any = client.hmget(key, list(part.limits))
     except ResponseError as error:
-        yield Finding(f"queue {queue.name!r}", "error", str(error), "choose another namespace")
+        yield Finding(about, "error", str(error), "choose another namespace")
         return
-    for (name, own), other in zip(queue.limits.items(), found, strict=True):
+    for (name, own), other in zip(part.limits.items(), found, strict=True):
         if other is not None and int(other) != own:
             text = f"its leader goes by {name} {int(other)}, this app declares {own}"
             fix = "deploy the same settings everywhere; the leader takes them from its own app"
-            yield Finding(f"queue {queue.name!r}", "warning", text, fix)
+            yield Finding(about, "warning", text, fix)

@@ -105,7 +105,8 @@ class ShardsError(ConfigurationError):
         super().__init__(
             f"queue {queue!r} is set to shards={expected}, but the ledger has it over {found}, and "
             f"is not empty: its tags would be looked for elsewhere. Set shards={found} again, "
-            f"`celery affinity evacuate --queue {queue}`, then change it and `resume`"
+            f"requeue or purge its dead letters, `celery affinity evacuate {queue}`, then change "
+            "it and `resume`"
         )
 
 

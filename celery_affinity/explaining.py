@@ -36,9 +36,10 @@ def _text(value: Any) -> str:
 
 
 class Explainer:
-    """Explains tags and tasks of one queue.
+    """Explains tags and tasks of one queue, or of one shard of it.
 
     Arguments:
+        queue: Its part in that shard.
         changes: Reads what operators asked for.
     """
 
@@ -225,8 +226,8 @@ class Explainer:
 
     # A task
 
-    def task(self, task_id: str) -> TaskExplanation:
-        """Where a task is; the ledger is searched for it in pages."""
+    def task(self, task_id: str) -> TaskExplanation | None:
+        """Where a task is, if the ledger has it; it is searched in pages."""
         key, state = self._keys.queue, self._queue.state
         entry = self._find(key(state, "m"), task_id)
         if entry is not None:
@@ -238,9 +239,9 @@ class Explainer:
             place = self._find(pending, task_id)
             if place is not None:
                 return TaskExplanation(self._queue.name, task_id, "pending", place)
-        return self._elsewhere(task_id)
+        return None
 
-    def _elsewhere(self, task_id: str) -> TaskExplanation:
+    def task_elsewhere(self, task_id: str) -> TaskExplanation:
         """What can be said of a task that the ledger's Redis does not have."""
         name, pending, lookout = self._queue.name, self._queue.pending, self._delivery.lookout
         try:

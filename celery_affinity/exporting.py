@@ -1,7 +1,8 @@
 """Metrics for Prometheus: ``celery -A app affinity exporter``, and a port of whoever schedules.
 
 All figures are in the ledger, so any process can show them. The exporter shows all queues; a
-scheduler those that it leads, so that no figure comes from two of them.
+scheduler those that it leads, so that no figure comes from two of them. A queue's figures are those
+of all its shards together: whoever leads the first one shows them.
 """
 
 from __future__ import annotations
@@ -9,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from celery_affinity.connection import connect
 from celery_affinity.exceptions import ConfigurationError
-from celery_affinity.keys import Keys
-from celery_affinity.ledger import Ledger
 from celery_affinity.measures import Measures, QueueMeasures
+from celery_affinity.shards import Shards
 
 if TYPE_CHECKING:
     from celery_affinity.prometheus import LedgerCollector, MetricsServer
@@ -59,9 +58,9 @@ def collector_of(
     Raises:
         ConfigurationError: If prometheus-client is missing.
     """
-    keys = Keys(affinity.settings.namespace)
-    client = connect(affinity.redis_url, keys.prefix)
-    measures = Measures(client, keys, Ledger(client, keys, affinity.delivery))
+    measures = Measures(
+        Shards(affinity.redis_url, affinity.settings.namespace, affinity.delivery)
+    )
 
     def read(top: int) -> list[QueueMeasures]:
         shown = affinity.settings.queue_names if led is None else led()

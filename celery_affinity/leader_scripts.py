@@ -43,9 +43,12 @@ class LeaderScripts(ScriptCalls):
         return None if found is None else int(found)
 
     def is_empty(self, state: str) -> bool:
-        """Whether a queue, or a shard of it, has nothing that waits or runs. Reads only."""
+        """Whether a queue, or a shard of it, has nothing that waits or runs, and no dead letters:
+        they may be requeued. Reads only.
+        """
         key = self.keys.queue
-        return not self.client.exists(key(state, "m"), self.keys.inbox(state))
+        names = (key(state, "m"), key(state, "dead"), self.keys.inbox(state))
+        return not self.client.exists(*names)
 
     # What the leader does
 

@@ -1,4 +1,7 @@
-"""Reads of the ledger: what the public methods of `Affinity` return.
+"""Reads of one shard's ledger, into the records that the public methods of `Affinity` return.
+
+A queue here is the queue's part in that shard (`AffinityQueue.parts`); whole.py puts the parts
+together. Nodes are told by their names in the first shard.
 
 Does not: change anything, or scan the key space. What these return is one moment's view, each
 record read in one step, the list of them in several.
@@ -7,7 +10,6 @@ record read in one step, the list of them in several.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -15,16 +17,17 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import OutOfMemoryError
 
-from celery_affinity.delivery import Delivery, waiting_elsewhere
+from celery_affinity.delivery import Delivery
 from celery_affinity.keys import Keys
 from celery_affinity.settings import AffinityQueue
+from celery_affinity.sharding import node_of
+from celery_affinity.tag_reads import TagReads
 from celery_affinity.types import (
     ChangeRecord,
     DeadLetter,
     LeaderRecord,
     QueueStats,
     SlotRecord,
-    TagRecord,
     WorkerRecord,
 )
 
@@ -36,8 +39,8 @@ TOTALS = ("admitted", "settled", "requeued", "buried", "leases", "purged")
 #: Of the leader's notes of the pace (lua/include/tend.lua) those that rates are told from.
 PACE_SAMPLES = 60
 PACE_SECONDS = 60.0
-#: Long backlogs that the leader remembers at most (lua/include/admit_entry.lua).
-LONGEST = 1000
+#: So a token begins that stands for a slot which works for another shard (lua/include/base.lua).
+AWAY = b"away:"
 
 
 def _text(value: Any) -> str:
@@ -76,12 +79,11 @@ def pace_of(samples: Sequence[str], now: int) -> tuple[float, float]:
     return max(0, leases1 - leases0) / seconds, max(0, settled1 - settled0) / seconds
 
 
-class Ledger:
-    """Reads one namespace's ledger."""
+class Ledger(TagReads):
+    """Reads the ledger of one namespace, or of one shard of it."""
 
     def __init__(self, client: Redis, keys: Keys, delivery: Delivery) -> None:
-        self._client: Any = client
-        self._keys = keys
+        super().__init__(client, keys)
         self._delivery = delivery
 
     def _together(self, ask: Callable[[Any], None]) -> list[Any]:
@@ -96,13 +98,14 @@ class Ledger:
             ask(pipe)
             return list(pipe.execute())
 
-    def stats(self, queue: AffinityQueue) -> QueueStats:
-        """Counts of one affinity queue; the ledger's are of one moment, a broker's elsewhere of
-        the one before.
+    def stats(self, queue: AffinityQueue, elsewhere: int | None = 0) -> QueueStats:
+        """Counts of one affinity queue, at one moment.
+
+        Arguments:
+            elsewhere: What waits on a broker that is not the ledger's Redis; None: not known.
         """
         key = self._keys.queue
         state = queue.state
-        elsewhere = waiting_elsewhere(self._delivery, queue)
 
         def ask(pipe: Any) -> None:
             for pending in self._delivery.pending_lists(queue):
@@ -167,13 +170,14 @@ class Ledger:
         def ask(pipe: Any) -> None:
             pipe.hgetall(self._keys.worker(incarnation, "info"))
             pipe.smembers(self._keys.worker(incarnation, "leased"))
-            pipe.hvals(self._keys.worker(incarnation, "busy"))
+            pipe.hgetall(self._keys.worker(incarnation, "busy"))
 
         raw, leased, busy = self._together(ask)
         info = {_text(k): _text(v) for k, v in raw.items()}
         if not info:
             return None
-        working = {_text(i) for i in busy}
+        # What works for another shard is told by that one's ledger.
+        working = {_text(i) for token, i in busy.items() if not token.startswith(AWAY)}
         leases = {_text(i) for i in leased}
         slots = tuple(
             self._slot(incarnation, i, names)
@@ -183,14 +187,18 @@ class Ledger:
         )
         states = [line.split("\t")[0] for line in info["queues"].split("\n") if line]
         return WorkerRecord(
-            incarnation,
+            node_of(incarnation, self._keys.shard),
             info["name"],
             "running" if any(slot.status == "running" for slot in slots) else "idle",
             info["state"] != "active",
-            tuple(names.get(s, s) for s in states),
+            tuple(names.get(s) or self._undeclared(s) for s in states),
             slots,
             left,
         )
+
+    def _undeclared(self, state: str) -> str:
+        """The name, as far as it is known, of a queue that another app declares."""
+        return state.removesuffix(f"#{self._keys.shard}") if self._keys.shard else state
 
     def _slot(self, incarnation: str, index: int, names: dict[str, str]) -> SlotRecord:
         q, tag, epoch, n, e1, k1 = self._client.hmget(
@@ -201,89 +209,12 @@ class Ledger:
         return SlotRecord(
             index,
             "running",
-            names.get(_text(q), _text(q)),
+            names.get(_text(q)) or self._undeclared(_text(q)),
             _text(tag),
             _number(n),
             int(epoch),
             int(e1) if k1 is not None and e1 is not None else None,
         )
-
-    def tags(self, queue: AffinityQueue, limit: int, skip: int = 0) -> list[TagRecord]:
-        """Tags that hold slots, then those that wait, in the ring's order, then those that are
-        halted; at most `limit`, from the one behind the first `skip` on.
-        """
-        key = self._keys.queue
-        held = [tag for tag, _ in self._client.hscan_iter(key(queue.state, "held"), count=PAGE)]
-        ready = self._client.zcard(key(queue.state, "ring"))
-        found = held[skip : skip + limit]
-        at = max(0, skip - len(held))
-        if len(found) < limit:
-            ring = self._client.zrange(key(queue.state, "ring"), at, at + limit - len(found) - 1)
-            found += [tag for tag in ring if tag not in held]  # it may be in both
-        if len(found) < limit:
-            at = max(0, at - ready)
-            halted = self._first(key(queue.state, "halted"), at + limit)
-            found += [tag for tag in halted if tag not in held][at:]
-        return self._records(queue, found[:limit])
-
-    def longest(self, queue: AffinityQueue, limit: int) -> list[TagRecord]:
-        """The tags with the most entries waiting: exact for those with 32 and more, if no more
-        than 1,000 are; the rest is filled up from the others.
-        """
-        key = self._keys.queue(queue.state, "big")
-        marked = [_text(tag) for tag in self._client.zrevrange(key, 0, LONGEST - 1)]
-        waiting = self._lengths(queue, marked)
-        order = sorted(marked, key=lambda tag: -waiting[tag])[:limit]
-        found = [r for r in self._records(queue, [tag.encode() for tag in order]) if r.waiting]
-        if len(found) < limit:
-            known = {record.tag for record in found}
-            others = [r for r in self.tags(queue, 2 * limit) if r.tag not in known and r.waiting]
-            found += others
-        return sorted(found, key=lambda record: -record.waiting)[:limit]
-
-    def _first(self, key: str, limit: int) -> list[bytes]:
-        """Fields of a hash, `limit` of them or a few more."""
-        found: list[bytes] = []
-        for field, _ in self._client.hscan_iter(key, count=PAGE):
-            found.append(field)
-            if len(found) >= limit:
-                break
-        return found
-
-    def _lengths(self, queue: AffinityQueue, tags: Sequence[str]) -> dict[str, int]:
-        with self._client.pipeline(transaction=False) as pipe:
-            for tag in tags:
-                pipe.llen(self._keys.backlog(queue.state, tag))
-            return dict(zip(tags, pipe.execute(), strict=True))
-
-    def _records(self, queue: AffinityQueue, tags: Sequence[bytes]) -> list[TagRecord]:
-        if not tags:
-            return []
-        key = self._keys.queue
-        with self._client.pipeline(transaction=False) as pipe:
-            pipe.hmget(key(queue.state, "held"), tags)
-            pipe.hmget(key(queue.state, "halted"), tags)
-            for tag in tags:
-                pipe.llen(self._keys.backlog(queue.state, _text(tag)))
-                pipe.zrank(key(queue.state, "ring"), tag)
-            held, halted, *rest = pipe.execute()
-        return [
-            TagRecord(
-                _text(tag),
-                rest[2 * at],
-                tuple(_text(held[at] or b"").split()),
-                None if rest[2 * at + 1] is None else rest[2 * at + 1] + 1,
-                tuple(_text(halted[at] or b"").split()),
-            )
-            for at, tag in enumerate(tags)
-        ]
-
-    def due_entries(self, queue: AffinityQueue, tag: str) -> list[int]:
-        """Entries of a tag that are due later."""
-        pattern = "*:" + re.sub(r"([*?\[\]\\])", r"\\\1", tag)
-        found = self._client.zscan_iter(self._keys.queue(queue.state, "eta"), pattern, count=1000)
-        pairs = [_text(member).split(":", 1) for member, _ in found]
-        return sorted({int(entry) for entry, owner in pairs if owner == tag})
 
     def message_headers(
         self, queue: AffinityQueue, entries: Sequence[int]

@@ -10,6 +10,7 @@ from celery_affinity.explaining import Explainer
 from celery_affinity.message import tag_text
 from celery_affinity.pulse import pulses
 from celery_affinity.settings import AffinityQueue
+from celery_affinity.sharding import shard_of
 from celery_affinity.types import (
     ChangeRecord,
     Finding,
@@ -41,6 +42,9 @@ class Looking(Bound):
     def tags(self, queue: str, limit: int = 100, *, skip: int = 0) -> list[TagRecord]:
         """Tags that hold slots, then those that wait in the order of their turn, then halted ones.
 
+        Each shard gives its slots to its own tags in turn: first of those that wait are the first
+        ones of all shards, and a record's `place` is the one in its shard.
+
         Arguments:
             skip: How many of them to pass over: the pages before this one.
         """
@@ -55,7 +59,11 @@ class Looking(Bound):
         return self._ledger.longest(self._declared(queue), limit)
 
     def leader(self, queue: str) -> LeaderRecord | None:
-        """Who schedules the queue now; None if nobody does."""
+        """Who schedules the queue now; None if nobody does.
+
+        Of a queue with several shards, whoever schedules the first one and takes in the messages
+        for all of them.
+        """
         return self._ledger.leader(self._declared(queue))
 
     def changes(self, limit: int = 20) -> list[ChangeRecord]:
@@ -68,7 +76,8 @@ class Looking(Bound):
         Arguments:
             queue: The affinity queue; None if there is only one.
         """
-        return self._explainer(self.queue_named(queue)).tag(tag_text(tag))
+        declared, text = self.queue_named(queue), tag_text(tag)
+        return self._explainer(declared.parts[shard_of(text, declared.shards)]).tag(text)
 
     def explain_task(self, task_id: str, queue: str | None = None) -> TaskExplanation:
         """Where a task is, and its tag with it.
@@ -78,7 +87,11 @@ class Looking(Bound):
         Arguments:
             queue: The affinity queue; None if there is only one.
         """
-        return self._explainer(self.queue_named(queue)).task(task_id)
+        explainers = [self._explainer(part) for part in self.queue_named(queue).parts]
+        for explainer in explainers:
+            if (found := explainer.task(task_id)) is not None:
+                return found
+        return explainers[0].task_elsewhere(task_id)
 
     def status(self) -> StatusRecord:
         """All affinity queues, what somebody should look at, and what operators changed."""
@@ -106,10 +119,9 @@ class Looking(Bound):
             self._ledger.stats(queue), self._ledger.leader(queue), len(serving), busy
         )
 
-    def _explainer(self, queue: AffinityQueue) -> Explainer:
-        return Explainer(
-            self._ledger, self._scripts, self.delivery, queue, lambda: self.changes(200)
-        )
+    def _explainer(self, part: AffinityQueue) -> Explainer:
+        ledger, scripts = self._shards.ledger(part.shard), self._shards.scripts(part.shard)
+        return Explainer(ledger, scripts, self.delivery, part, lambda: self.changes(200))
 
 
 def _warnings(status: QueueStatus) -> list[str]:

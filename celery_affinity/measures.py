@@ -6,17 +6,16 @@ Does not: know of Prometheus, or keep anything between two readings.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from redis import Redis
-
-from celery_affinity.keys import Keys
-from celery_affinity.ledger import Ledger
 from celery_affinity.settings import AffinityQueue
+from celery_affinity.shards import Shards
 from celery_affinity.types import QueueStats, TagRecord, WorkerRecord
+from celery_affinity.whole import WholeLedger
 
 __all__ = ("COUNTERS", "WAIT_BOUNDS_MS", "Measures", "QueueMeasures")
 
@@ -42,7 +41,7 @@ class QueueMeasures:
     totals: Mapping[str, int]
     #: Whether nothing is dispatched: it is evacuated or paused.
     stopped: bool
-    #: Number of the leader's term; None if nobody schedules.
+    #: Number of the (first shard's) leader's term; None if nobody schedules (one of its shards).
     term: int | None
     #: Leases that are held now.
     leases: int
@@ -81,13 +80,21 @@ class QueueMeasures:
         return int((self.slots_wanted > 0 or pending > 0) and not self.stopped)
 
 
-class Measures:
-    """Reads the figures of affinity queues."""
+@dataclass(frozen=True)
+class _Figures:
+    """What only the figures need of one shard."""
 
-    def __init__(self, client: Redis, keys: Keys, ledger: Ledger) -> None:
-        self._client: Any = client
-        self._keys = keys
-        self._ledger = ledger
+    counted: Mapping[str, int]
+    startable: int
+    oldest_wait: float
+
+
+class Measures:
+    """Reads the figures of affinity queues, each over all its shards."""
+
+    def __init__(self, shards: Shards) -> None:
+        self._shards = shards
+        self._whole = WholeLedger(shards)
 
     def read(self, queues: Sequence[AffinityQueue], top: int = 0) -> list[QueueMeasures]:
         """The figures of these queues, with so many of the longest backlogs.
@@ -97,56 +104,71 @@ class Measures:
         """
         if not queues:
             return []
-        workers = self._ledger.workers(queues)
+        workers = self._whole.workers(queues)
         return [self._read(queue, workers, top) for queue in queues]
 
     def _read(
         self, queue: AffinityQueue, workers: Sequence[WorkerRecord], top: int
     ) -> QueueMeasures:
-        key, state = self._keys.queue, queue.state
-        stats = self._ledger.stats(queue)
-        leader = self._ledger.leader(queue)
-        with self._client.pipeline(transaction=True) as pipe:
-            pipe.time()
-            pipe.zrange(key(state, "ring"), 0, 0, withscores=True)
-            pipe.hmget(key(state, "conf"), "tag_concurrency", "mapped")
-            pipe.hgetall(key(state, "c"))
-            (seconds, micros), first, (concurrency, mapped), raw = pipe.execute()
-        counted = {name.decode(): int(float(value)) for name, value in raw.items()}
+        stats = self._whole.stats(queue)
+        leaders = self._whole.leaders(queue)
+        found = [self._figures(part) for part in queue.parts]
+        counted: Counter[str] = Counter()
+        for one in found:
+            counted.update(one.counted)
         serving = [w for w in workers if queue.name in w.queues and not w.draining]
         slots = sum(min(queue.slots or len(w.slots), len(w.slots)) for w in serving)
         waits, total = [], 0
         for bound in (*WAIT_BOUNDS_MS, None):
-            total += counted.get(f"wait:{bound or 'inf'}", 0)
+            total += counted[f"wait:{bound or 'inf'}"]
             waits.append((float("inf") if bound is None else bound / 1000, total))
-        alone = int(concurrency or 1) == 1 and mapped != b"1"
         return QueueMeasures(
             stats=stats,
-            totals={name: counted.get(name, 0) for name in COUNTERS},
+            totals={name: counted[name] for name in COUNTERS},
             stopped=stats.evacuated or stats.paused,
-            term=leader.term if leader else None,
+            term=leaders[0].term if leaders[0] and all(leaders) else None,
             leases=sum(slot.queue == queue.name for w in workers for slot in w.slots),
-            startable=stats.ready_tags if alone else self._room(queue, int(concurrency or 1)),
-            oldest_wait=max(0.0, seconds + (micros - first[0][1]) / 1e6) if first else 0.0,
+            startable=sum(one.startable for one in found),
+            oldest_wait=max(one.oldest_wait for one in found),
             workers=len(serving),
             slots_a_worker=slots / len(serving) if serving else 0.0,
             waits=tuple(waits),
-            waited=counted.get("wait:sum", 0) / 1000,
-            top=tuple(self._ledger.longest(queue, top)) if top else (),
+            waited=counted["wait:sum"] / 1000,
+            top=tuple(self._whole.longest(queue, top)) if top else (),
         )
 
-    def _room(self, queue: AffinityQueue, concurrency: int) -> int:
+    def _figures(self, part: AffinityQueue) -> _Figures:
+        scripts = self._shards.scripts(part.shard)
+        key, state = scripts.keys.queue, part.state
+        with scripts.client.pipeline(transaction=True) as pipe:
+            pipe.time()
+            pipe.zrange(key(state, "ring"), 0, 0, withscores=True)
+            pipe.zcard(key(state, "ring"))
+            pipe.hmget(key(state, "conf"), "tag_concurrency", "mapped")
+            pipe.hgetall(key(state, "c"))
+            (seconds, micros), first, ready, (concurrency, mapped), raw = pipe.execute()
+        most = int(concurrency or 1)
+        alone = most == 1 and mapped != b"1"
+        return _Figures(
+            counted={name.decode(): int(float(value)) for name, value in raw.items()},
+            startable=ready if alone else self._room(part, most),
+            oldest_wait=max(0.0, seconds + (micros - first[0][1]) / 1e6) if first else 0.0,
+        )
+
+    def _room(self, part: AffinityQueue, concurrency: int) -> int:
         """Tasks that the ready tags could start: 200 tags are counted, the rest is estimated."""
-        key, state = self._keys.queue, queue.state
-        ready = self._client.zcard(key(state, "ring"))
-        tags = self._client.zrange(key(state, "ring"), 0, LOOK - 1)
+        scripts = self._shards.scripts(part.shard)
+        client: Any = scripts.client
+        key, state = scripts.keys.queue, part.state
+        ready = client.zcard(key(state, "ring"))
+        tags = client.zrange(key(state, "ring"), 0, LOOK - 1)
         if not tags:
             return 0
-        with self._client.pipeline(transaction=False) as pipe:
+        with client.pipeline(transaction=False) as pipe:
             pipe.hmget(key(state, "limits"), tags)
             pipe.hmget(key(state, "held"), tags)
             for tag in tags:
-                pipe.llen(self._keys.backlog(state, tag.decode("utf-8", "surrogateescape")))
+                pipe.llen(scripts.keys.backlog(state, tag.decode("utf-8", "surrogateescape")))
             limits, held, *lengths = pipe.execute()
         found = sum(
             max(0, min(length, int(limit or concurrency) - len((slots or b"").split())))

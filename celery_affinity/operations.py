@@ -2,15 +2,23 @@
 
 Each change is written down before it is made (`Affinity.changes`), so none goes unrecorded; one
 that was refused, or whose caller died in between, is in the record too.
+
+What is asked of a whole queue is done in each of its shards, one after the other; whoever dies in
+between has done some of them, and a repeat does the rest
+(test_a_command_that_dies_between_two_shards_is_finished_by_a_repeat).
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 from celery_affinity import carrying, evacuation, steering
 from celery_affinity.bound import Bound
 from celery_affinity.exceptions import OperationError
+from celery_affinity.intake import shard_in
 from celery_affinity.message import tag_text
 from celery_affinity.settings import AffinityQueue
+from celery_affinity.sharding import incarnation_in
 from celery_affinity.types import EvacuationRecord
 from celery_affinity.who import write_down
 
@@ -34,10 +42,13 @@ class Operations(Bound):
         declared = self._declared(queue)
         if tag is None:
             write_down(self._scripts, by, "pause", queue)
-            self._scripts.pause(declared.state)
+            for part in declared.parts:
+                self._shards.scripts(part.shard).pause(part.state)
         else:
-            write_down(self._scripts, by, "pause", queue, tag_text(tag))
-            self._scripts.pause_tag(declared.state, tag_text(tag))
+            text = tag_text(tag)
+            write_down(self._scripts, by, "pause", queue, text)
+            scripts, part = self._part(queue, text)
+            scripts.pause_tag(part.state, text)
 
     def resume(self, queue: str, tag: str | None = None, *, by: str = "") -> bool:
         """Let a paused or halted (``on_failure``) tag go on, or without one the paused or
@@ -51,15 +62,12 @@ class Operations(Bound):
             write_down(self._scripts, by, "resume", queue)
             if self._scripts.is_evacuated(declared.state):
                 self._give_back(declared)
-            evacuation.resume(
-                self._scripts,
-                declared.state,
-                self.delivery.main_list(declared),
-                lambda: self._ledger.entries(declared),
-            )
+            evacuation.resume(self._evacuees(declared))
             return True
-        write_down(self._scripts, by, "resume", queue, tag_text(tag))
-        return self._scripts.resume_tag(declared.state, tag_text(tag))
+        text = tag_text(tag)
+        write_down(self._scripts, by, "resume", queue, text)
+        scripts, part = self._part(queue, text)
+        return scripts.resume_tag(part.state, text)
 
     def drain(self, worker: str, *, by: str = "") -> int:
         """Give a worker no more affinity tasks; what runs there ends. It has no way back but a
@@ -76,7 +84,10 @@ class Operations(Bound):
         """
         found = self._worker(worker)
         write_down(self._scripts, by, "drain", "", found.name)
-        return self._scripts.drain(found.worker_id)
+        return sum(
+            self._shards.scripts(shard).drain(incarnation_in(found.worker_id, shard))
+            for shard in range(self.settings.shards)
+        )
 
     def move(self, queue: str, tag: str, worker: str, *, by: str = "") -> None:
         """Have a tag's next lease be one of that worker, after what runs elsewhere has ended.
@@ -89,9 +100,12 @@ class Operations(Bound):
             OperationError: If that worker takes no work of the queue, or too many moves are
                 under way.
         """
-        declared, found = self._declared(queue), self._worker(worker)
-        write_down(self._scripts, by, "move", queue, tag_text(tag), f"to {found.name}")
-        answer = self._scripts.move(declared.state, tag_text(tag), found.worker_id, MOVE_SECONDS)
+        text = tag_text(tag)
+        scripts, part = self._part(queue, text)
+        found = self._worker(worker)
+        write_down(self._scripts, by, "move", queue, text, f"to {found.name}")
+        incarnation = incarnation_in(found.worker_id, part.shard)
+        answer = scripts.move(part.state, text, incarnation, MOVE_SECONDS)
         if answer == -1:
             raise OperationError(
                 f"worker {found.name!r} takes no work of {queue!r} (it drains, has stopped, or "
@@ -111,7 +125,8 @@ class Operations(Bound):
         Raises:
             OperationError: If 1,000 tags have such a limit, or the number is out of range.
         """
-        declared, text = self._declared(queue), tag_text(tag)
+        text = tag_text(tag)
+        scripts, part = self._part(queue, text)
         if concurrency is not None and not 1 <= concurrency <= 1_000_000:
             raise OperationError(
                 f"found a concurrency of {concurrency}, expected 1 to 1,000,000: to let none run, "
@@ -119,11 +134,11 @@ class Operations(Bound):
             )
         how, number = "set", concurrency
         if number is None:
-            how = "mapped" if text in declared.own_concurrencies else "default"
-            number = declared.own_concurrencies.get(text, declared.default_concurrency)
+            how = "mapped" if text in part.own_concurrencies else "default"
+            number = part.own_concurrencies.get(text, part.default_concurrency)
         asked = f"concurrency {number}" + ("" if how == "set" else " (as declared)")
         write_down(self._scripts, by, "limit", queue, text, asked)
-        if not self._scripts.limit(declared.state, text, number, how)[0]:
+        if not scripts.limit(part.state, text, number, how)[0]:
             raise OperationError(
                 "1,000 tags have limits of their own by now, which is the most: take some back, or "
                 "declare them as tag_concurrency"
@@ -134,10 +149,11 @@ class Operations(Bound):
 
         Nobody is told: results stay PENDING. To tell, use `revoke_tag`.
         """
-        declared, text = self._declared(queue), tag_text(tag)
+        text = tag_text(tag)
+        scripts, part = self._part(queue, text)
         write_down(self._scripts, by, "purge", queue, text)
-        due = self._ledger.due_entries(declared, text)
-        return steering.purge(self._scripts, declared.state, text, due)
+        due = self._shards.ledger(part.shard).due_entries(part, text)
+        return steering.purge(scripts, part.state, text, due)
 
     def revoke_tag(self, queue: str, tag: str, *, by: str = "") -> int:
         """Revoke all tasks that a tag has waiting. Returns how many.
@@ -149,14 +165,16 @@ class Operations(Bound):
         Raises:
             OperationError: If 1,000 tags are being revoked.
         """
-        declared, text = self._declared(queue), tag_text(tag)
+        text = tag_text(tag)
+        scripts, part = self._part(queue, text)
+        ledger = self._shards.ledger(part.shard)
         write_down(self._scripts, by, "revoke", queue, text)
         count = steering.revoke(
-            self._scripts,
-            declared.state,
+            scripts,
+            part.state,
             text,
-            lambda: self._ledger.due_entries(declared, text),
-            lambda entries: self._ledger.message_headers(declared, entries),
+            lambda: ledger.due_entries(part, text),
+            lambda entries: ledger.message_headers(part, entries),
         )
         if count is None:
             raise OperationError(
@@ -176,22 +194,34 @@ class Operations(Bound):
         """
         declared = self._declared(queue)
         write_down(self._scripts, by, "evacuate", queue)
-        record = evacuation.evacuate(
-            self._scripts,
-            declared.state,
-            self.delivery.main_list(declared),
-            lambda: self._ledger.entries(declared),
-            timeout,
-        )
+        record = evacuation.evacuate(self._evacuees(declared), timeout)
         if record.done:
             self._give_back(declared)
         return record
+
+    def _evacuees(self, queue: AffinityQueue) -> list[evacuation.Part]:
+        return [
+            evacuation.Part(
+                self._shards.scripts(part.shard),
+                part.state,
+                self.delivery.main_list(part),
+                partial(self._shards.ledger(part.shard).entries, part),
+            )
+            for part in queue.parts
+        ]
 
     def _give_back(self, queue: AffinityQueue) -> None:
         broker = self.delivery.broker
         if broker is not None:
             source = broker.source(queue.pending)
             try:
-                carrying.give_back(self._scripts, queue.state, source)
+                carrying.give_back(self._scripts, queue.state, source, self._spread(queue))
             finally:
                 source.close()
+
+    def _spread(self, queue: AffinityQueue) -> carrying.Spread | None:
+        if queue.shards == 1:
+            return None
+        others = [(self._shards.scripts(part.shard), part.state) for part in queue.parts[1:]]
+        tag_of, spread = self._tag_of_message, queue.untagged == "spread"
+        return carrying.Spread(others, lambda raw: shard_in(raw, tag_of, spread, queue.shards))

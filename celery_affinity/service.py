@@ -50,10 +50,11 @@ class SchedulerService:
 
     @property
     def led_queues(self) -> list[str]:
-        """Names of the queues of which a term is held."""
+        """Names of the queues whose term is held: of their first shard, where they have several."""
         running = zip(self._settings.parts, list(self._running), strict=False)
-        names = [part.name for part, (scheduler, _) in running if scheduler.leading]
-        return list(dict.fromkeys(names))
+        return [
+            part.name for part, (scheduler, _) in running if scheduler.leading and not part.shard
+        ]
 
     def start(self) -> None:
         """Start a scheduler for each shard of each queue. Does not wait for Redis."""

@@ -9,10 +9,11 @@ So no slot has leases in two shards, whatever is lost in between
 (test_a_slot_never_has_leases_in_two_shards): what a slot works for is this process' decision, and
 each look compares it with what the ledgers have. The node's death ends it in all of them.
 
-A shard that has tags ready and no free slot gets one that is free elsewhere. If none is, the shard
-that has most gives one up after its lease's batch, unless it would then have fewer than the other;
-and a shard without any lease in the whole system always gets one, so that none starves, also on
-nodes with fewer slots than there are shards.
+A shard that has tags ready and no free slot gets one that is free elsewhere. So it does if it has
+free ones of other nodes only, which those tags may not take (`move`, a task that only some nodes
+know). If none is free, the shard that has most gives one up after its lease's batch, unless it
+would then have fewer than the other; and a shard without any lease in the whole system always gets
+one, so that none starves, also on nodes with fewer slots than there are shards.
 
 Crash windows:
 - between lend and get_back: the slot works for nobody until the next look
@@ -57,10 +58,12 @@ def choose(
         turns: Shard -> when it got a slot last; shards that are equally in need take turns.
     """
     has = {shard: sum(one == shard for one in owner.values()) for shard in demands}
+    # A free slot that a ready tag does not take is of no use to it: the tag is on its way to
+    # another node, or waits for one that knows its task. This node's own may be.
     needy = [
         shard
         for shard, demand in demands.items()
-        if demand.ready > coming.get(shard, 0) and not demand.free
+        if demand.ready > coming.get(shard, 0) and not (demand.free and demand.idle)
     ]
     for shard in sorted(needy, key=lambda s: (demands[s].held, has[s], turns.get(s, 0))):
         spare = [

@@ -4,8 +4,8 @@
 -- ARGV    queue, fence, number of limits, then name, value of each (names: include/base.lua, conf),
 --         then tag, concurrency of each tag with a limit of its own
 -- What an operator set (limit.lua) goes before those.
--- Returns -1 not the leader; 1 written; -2 the queue is spread over another number of shards, and not empty:
---         its tags would be looked for elsewhere from now on
+-- Returns -1 not the leader; 1 written; -2 the queue is spread over another number of shards, and not empty
+--         (of dead letters too): its tags would be looked for elsewhere from now on
 -- @include base
 -- @include fence
 local q, own = ARGV[1], 4 + 2 * ARGV[3]
@@ -18,7 +18,7 @@ if not in_term(q, ARGV[2]) then return -1 end
 local limits = pairs_of({unpack(ARGV, 4, own - 1)})
 local shards = redis.call('HGET', queue_key(q, 'conf'), 'shards')
 if shards and limits.shards and shards ~= limits.shards
-  and redis.call('EXISTS', queue_key(q, 'm'), queue_key(q, 'inbox')) > 0 then return -2 end
+  and redis.call('EXISTS', queue_key(q, 'm'), queue_key(q, 'dead'), queue_key(q, 'inbox')) > 0 then return -2 end
 -- Numbers of entries are unique over all shards.
 if (limits.first_entry or '0') ~= '0' then
   redis.call('HSETNX', queue_key(q, 'c'), 'seq', limits.first_entry)

@@ -105,8 +105,16 @@ class Console:
         return str(found[-1].worker)
 
 
-@pytest.fixture(scope="module")
-def console(server_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(1, id="one-shard"),
+        pytest.param(3, id="three-shards", marks=pytest.mark.long),
+    ],
+)
+def console(
+    request: pytest.FixtureRequest, server_binary: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Console]:
     where = tmp_path_factory.mktemp("console")
     gates = where / "gates"
     gates.mkdir()
@@ -114,6 +122,7 @@ def console(server_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         for name, value in (
             (BROKER_VARIABLE, server.url()), (RESULTS_VARIABLE, "1"), (GATES_VARIABLE, str(gates)),
             (HISTORY_VARIABLE, str(where / "history.jsonl")), ("TMPDIR", str(where)), *QUICK.items(),
+            ("AFFINITY_TEST_QUEUE", json.dumps({"shards": request.param})),
         ):  # fmt: skip
             patch.setenv(name, value)
         patch.setattr(tempfile, "tempdir", str(where))
@@ -169,20 +178,21 @@ def masked(text: str) -> str:
 
 
 def test_explain_says_who_holds_what_waits_and_whose_turn_it_is(console: Console) -> None:
+    # All of one shard, where there are three: each has a ring of its own.
     first = console.hold("hot", 4)
     console.hold("other")
-    console.producer.send("next", task="gated")
-    later = console.producer.send("third", 2, task="gated")
-    wait_until(lambda: console.affinity.explain("third").place == 2, what="its place")
+    console.producer.send("following", task="gated")
+    later = console.producer.send("neighbour", 2, task="gated")
+    wait_until(lambda: console.affinity.explain("neighbour").place == 2, what="its place")
     wait_until(lambda: console.affinity.explain("hot").waiting == 2, what="its backlog")
-    for tag in ("hot", "third"):
+    for tag in ("hot", "neighbour"):
         wait_until(lambda tag=tag: console.affinity.explain(tag).oldest_seconds, what="a second")
     assert masked(console.run("explain", "hot")) == (
         "holds: WORKER slot 0, epoch N, 2 of 10 of its batch, running jobs.gated TIME\n"
         "waiting: 2, oldest TIME\n"
         "why: as many of its tasks run as may at once\n"
     )
-    told = re.sub(r", about \d+ (s|min|h)", ", about TIME", masked(console.run("explain", "third")))
+    told = re.sub(r", about \d+ (s|min|h)", ", about TIME", masked(console.run("explain", "neighbour")))
     assert told.replace(", about TIME", "") == (
         "holds: no slot\nwaiting: 2, oldest TIME\nturn: second in the ring of 2\n"
         "why: no slot is free\n"
@@ -194,13 +204,13 @@ def test_explain_says_who_holds_what_waits_and_whose_turn_it_is(console: Console
     assert masked(console.run("explain", first[0].id)).startswith("jobs.gated ID: runs\ntag: hot\n")
     assert masked(console.run("explain", first[1].id)).startswith("jobs.gated ID: sent to its slot")
     found = console.ask(TaskExplanation, "explain", later[1].id)
-    assert (found.state, found.ahead, found.tag.tag) == ("waiting", 1, "third")
+    assert (found.state, found.ahead, found.tag.tag) == ("waiting", 1, "neighbour")
     (due,) = console.producer.send("due", countdown=600)
     wait_until(lambda: console.affinity.stats("jobs").scheduled == 1, what="its intake")
     assert masked(console.run("explain", due.id)).startswith("jobs.work ID: due in 10 min\n")
     assert console.ask(TaskExplanation, "explain", "no-such-id", code=1).state == "unknown"
     console.run("purge", "due", "--yes")
-    console.open("hot", "other", "next", "third")
+    console.open("hot", "other", "following", "neighbour")
     console.quiet()
 
 

@@ -22,11 +22,12 @@ from celery_affinity.scripts import Scripts
 
 @dataclass
 class Bench:
-    """One affinity queue, "q", of one namespace."""
+    """One affinity queue of one namespace, or its part in one shard."""
 
     client: Redis
     scripts: Scripts
     fence: str = ""
+    state: str = "q"
     tokens: Iterator[int] = field(default_factory=count)
 
     @property
@@ -43,7 +44,7 @@ class Bench:
         warm: int = 100,
         **limits: int,
     ) -> None:
-        term, _ = self.scripts.claim("q", candidate, 60_000)
+        term, _ = self.scripts.claim(self.state, candidate, 60_000)
         assert term
         self.fence = f"{candidate} {term}"
         self.configure(batch, concurrency, own, deliveries, warm, **limits)
@@ -61,16 +62,18 @@ class Bench:
             "max_batch_size": batch, "tag_concurrency": concurrency, "max_deliveries": deliveries,
             "warm_tags": warm, **limits,
         }
-        self.scripts.configure("q", self.fence, limits, own or {})
+        self.scripts.configure(self.state, self.fence, limits, own or {})
 
-    def node(self, name: str, slots: int = 1, depth: int = 1, timeout_ms: int = 60_000) -> Node:
+    def node(
+        self, name: str, slots: int = 1, depth: int = 1, timeout_ms: int = 60_000, title: str = ""
+    ) -> Node:
         node = Node(self, name, f"{self.scripts.keys.prefix}wq-{name}")
         self.scripts.register(
             name,
-            name=f"{name}@test",
+            name=f"{title or name}@test",
             depth=depth,
             slots=slots,
-            queues=[("q", slots, node.list)],
+            queues=[(self.state, slots, node.list)],
             junk=[node.list],
             role="worker",
             timeout_ms=timeout_ms,
@@ -126,23 +129,23 @@ class Bench:
         self.client.zadd(self.scripts.keys.workers, {node: self.now_ms() + ms})
 
     def promote(self) -> tuple[int, int, int]:
-        return self.scripts.promote("q", self.fence, 100)
+        return self.scripts.promote(self.state, self.fence, 100)
 
     def push(self, raw: str | bytes) -> None:
         self.client.lpush(self.pending, raw)
 
     def admit(self) -> tuple[int, bool]:
-        return Intake(self.scripts, "q", [self.pending], no_tag).run(self.fence)
+        return Intake(self.scripts, self.state, [self.pending], no_tag).run(self.fence)
 
     def admit_all(self) -> None:
         while self.admit()[1]:
             pass
 
     def backlog(self, tag: str) -> list[int]:
-        return [int(e) for e in self.client.lrange(self.scripts.keys.backlog("q", tag), 0, -1)]
+        return [int(e) for e in self.client.lrange(self.scripts.keys.backlog(self.state, tag), 0, -1)]
 
     def queue_key(self, name: str) -> str:
-        return self.scripts.keys.queue("q", name)
+        return self.scripts.keys.queue(self.state, name)
 
     def dead(self) -> list[dict[str, Any]]:
         return [json.loads(v) for v in self.client.hvals(self.queue_key("dead"))]
@@ -190,7 +193,7 @@ class Copy:
 
     def lost(self) -> str:
         s = self.stamp
-        return self.node.bench.scripts.lost(s.incarnation, s.slot, s.entry, s.epoch, "q")
+        return self.node.bench.scripts.lost(s.incarnation, s.slot, s.entry, s.epoch, self.node.bench.state)
 
     def run(self) -> str:
         assert self.start() == 1

@@ -13,6 +13,7 @@ from celery_affinity.delivery import SameRedisDelivery
 from celery_affinity.intake import Intake, no_tag
 from celery_affinity.ledger import Ledger
 from celery_affinity.settings import AffinityQueue
+from celery_affinity.tag_lists import tags
 from celery_affinity.topology import RedisNames
 from harness import wait_until
 
@@ -254,7 +255,7 @@ def test_a_failed_task_halts_its_tag_and_no_other(
     assert (letter.tag, letter.reason, letter.attempts) == ("a", "ValueError: no", 1)
     assert letter.traceback == "Traceback: here" and b'"a-1"' in letter.message
     assert bench.scripts.untold("q", 10) == [], "its caller knows"
-    (record,) = ledger(bench).tags(QUEUE, 10)
+    (record,) = tags([(ledger(bench), QUEUE)], 10)
     word = "block" if policy == BLOCK else "park"
     assert (record.tag, record.waiting, record.halted) == ("a", 3, (f"{word}:{letter.entry}",))
     assert ledger(bench).stats(QUEUE).halted_tags == 1
@@ -361,7 +362,7 @@ def test_a_task_that_is_buried_for_another_reason_halts_its_tag_too(bench: Bench
     bench.send(1.5, 1)
     bench.admit_all()
     assert all(copy.start() < 0 for copy in iter(node.receive, None)), "only stale copies"
-    assert {r.tag: r.waiting for r in ledger(bench).tags(QUEUE, 10)} == {"a": 1, "b": 1}
+    assert {r.tag: r.waiting for r in tags([(ledger(bench), QUEUE)], 10)} == {"a": 1, "b": 1}
 
 
 def test_a_task_that_ran_into_its_time_limit_halts_its_tag(bench: Bench) -> None:

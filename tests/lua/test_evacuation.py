@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from celery_affinity.evacuation import evacuate, resume
+from celery_affinity.evacuation import Part, evacuate, resume
 from celery_affinity.message import envelope
 from celery_affinity.types import EvacuationRecord
 
@@ -18,8 +18,12 @@ def waiting(bench: Bench) -> list[int]:
     return [int(entry) for entry in bench.client.hkeys(bench.queue_key("m"))]
 
 
+def part(bench: Bench) -> Part:
+    return Part(bench.scripts, "q", bench.pending, lambda: waiting(bench))
+
+
 def run(bench: Bench, timeout: float = 0.0) -> EvacuationRecord:
-    return evacuate(bench.scripts, "q", bench.pending, lambda: waiting(bench), timeout)
+    return evacuate([part(bench)], timeout)
 
 
 def written_back(bench: Bench) -> list[str]:
@@ -71,7 +75,7 @@ def test_an_evacuated_queue_takes_nothing_in_and_dispatches_nothing_before_it_re
     bench.lead(candidate="leader/1")
     assert node.receive() is None
 
-    resume(bench.scripts, "q", bench.pending, lambda: waiting(bench))
+    resume([part(bench)])
     assert bench.scripts.resume("q"), "a repeat changes nothing"
     bench.admit_all()
 
@@ -91,7 +95,7 @@ def test_what_runs_is_waited_for_and_its_retry_is_written_back_last(bench: Bench
 
     assert run(bench).moved == 2
     assert written_back(bench) == ["a-2", "a-1"]
-    resume(bench.scripts, "q", bench.pending, lambda: waiting(bench))
+    resume([part(bench)])
     bench.admit_all()
     assert node.drain_all() == ["a-2", "a-1"], "the slot is free again"
 
@@ -126,7 +130,7 @@ def test_an_evacuation_cut_off_half_way_is_finished_by_the_next(bench: Bench, se
     assert written_back(bench)[:1] == ["a-40"], "consumers see nothing before all is there"
 
     if seed % 2:
-        resume(bench.scripts, "q", bench.pending, lambda: waiting(bench))
+        resume([part(bench)])
     else:
         assert run(bench).done
 

@@ -8,9 +8,10 @@ import pytest
 
 from celery_affinity import AffinityQueue
 from celery_affinity.delivery import SameRedisDelivery
-from celery_affinity.ledger import Ledger
+from celery_affinity.embedded import Server
 from celery_affinity.lua_text import source
 from celery_affinity.measures import WAIT_BOUNDS_MS, Measures, QueueMeasures
+from celery_affinity.shards import Shards
 from celery_affinity.topology import RedisNames
 
 from .conftest import Bench
@@ -20,10 +21,9 @@ Read = Callable[[], QueueMeasures]
 
 
 @pytest.fixture
-def measures(bench: Bench) -> Measures:
-    names = RedisNames.from_transport_options({})
-    ledger = Ledger(bench.client, bench.scripts.keys, SameRedisDelivery(names))
-    return Measures(bench.client, bench.scripts.keys, ledger)
+def measures(shared_server: Server, bench: Bench) -> Measures:
+    delivery = SameRedisDelivery(RedisNames.from_transport_options({}))
+    return Measures(Shards(shared_server.url(), bench.scripts.keys.namespace, delivery))
 
 
 @pytest.fixture
@@ -151,6 +151,7 @@ def test_the_longest_backlogs_come_first_and_are_no_more_than_asked_for(
 
 def test_a_reading_costs_the_same_however_many_tags_wait(bench: Bench, read: Read) -> None:
     bench.lead()
+    read()  # which connects
     costs = []
     for _ in range(2):
         before = bench.client.info("stats")["total_commands_processed"]

@@ -29,9 +29,13 @@ def test_a_free_slot_moves_to_the_shard_whose_tags_wait() -> None:
     assert choose(demands, {0: 0, 1: 0}, {}) == (0, 1)
 
 
-def test_no_slot_moves_to_a_shard_that_has_free_ones_or_for_a_tag_that_gets_one() -> None:
-    assert choose({0: demand(idle=(0,)), 1: demand(ready=1, free=1)}, {0: 0}, {}) is None
+def test_no_slot_moves_to_a_shard_where_the_node_has_a_free_one_or_for_a_tag_that_gets_one() -> None:
+    assert choose({0: demand(idle=(0,)), 1: demand(ready=1, free=1, idle=(1,))}, {0: 0, 1: 1}, {}) is None
     assert choose({0: demand(idle=(0,)), 1: demand(ready=1)}, {0: 0}, {1: 1}) is None
+
+
+def test_a_free_slot_moves_for_a_tag_that_those_of_other_nodes_do_not_take() -> None:
+    assert choose({0: demand(idle=(0,)), 1: demand(ready=1, free=1)}, {0: 0}, {}) == (0, 1)
 
 
 def test_a_shard_with_more_slots_gives_one_up_but_never_so_that_it_then_has_fewer() -> None:
