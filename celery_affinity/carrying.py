@@ -15,7 +15,8 @@ Crash windows:
 - carry.lua's reply is lost: the repeat has the same token and gets the same answer.
 - terms that follow at once, when the ledger has another server: the second term's carrier waits for
   the end of the first one's, which holds messages until it is refused. On RabbitMQ those behind
-  them would come first (test_a_term_that_follows_at_once_carries_after_the_one_before_has_given_back).
+  them would come first
+  (test_a_term_that_follows_at_once_carries_after_the_one_before_has_given_back).
 - a superseded leader: carry.lua compares the term and changes nothing
   (test_two_leaders_at_once_carry_each_message_once).
 - give_back: between publish and removal the message is given back twice: plain Celery's delivery is
