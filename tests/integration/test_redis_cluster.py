@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from celery import Celery
 from redis import Redis
+from redis.crc import key_slot
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from celery_affinity import Affinity, AffinityQueue
 from celery_affinity.connection import connect, server_clock
@@ -22,7 +23,7 @@ from celery_affinity.keys import Keys
 from celery_affinity.scripts import Scripts
 from celery_affinity.server_checks import check_failover, check_server
 from certificates import Authority, speaks_tls
-from clusters import RedisCluster
+from clusters import RedisCluster, call, node_id
 from harness import wait_until
 
 pytestmark = pytest.mark.servers
@@ -112,6 +113,30 @@ def test_a_script_with_a_list_that_is_still_there_is_waited_for_too(
     shared.move_keys(keys.prefix, source, target)
     shared.end_move(keys.prefix, source, target)
     assert scripts.client.llen(keys.inbox("q")) == 1
+
+
+@pytest.mark.parametrize("single_threaded", [False, True])
+def test_a_slot_that_moves_as_a_whole_is_followed(
+    shared: RedisCluster, keys: Keys, single_threaded: bool
+) -> None:
+    scripts = Scripts(connect(shared.url, keys.prefix), keys, single_threaded=single_threaded)
+    term, _ = scripts.claim("q", "me", 60_000)
+    owner, target = shared.owner(keys.prefix), shared.others(keys.prefix)[0]
+    slot = key_slot(keys.prefix.encode())
+    try:
+        call(owner, "CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", node_id(target))
+    except ResponseError:
+        pytest.skip("a server that moves slots key by key (Valkey 9 does not)")
+    wait_until(lambda: shared.owner(keys.prefix) is target, what="the slot at its new owner")
+
+    def claimed() -> str | None:
+        try:
+            return scripts.claim("q", "me", 60_000)[0]
+        except RedisError:
+            return None
+
+    assert wait_until(claimed, what="an answer") == term, "it is the same ledger"
+    assert server_clock(scripts.client, keys.prefix)[0] == run_id(target)
 
 
 def test_who_is_asked_for_its_clock_is_the_owner(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from redis import Redis
+from redis.client import Pipeline
 
 from celery_affinity.embedded import Server
 from celery_affinity.intake import Intake, no_tag
@@ -232,6 +234,23 @@ class Node:
         return self.bench.scripts.heartbeat(
             self.name, str(number), grace_ms, [copy.stamp.held for copy in held]
         )[:3]
+
+
+class _PipelineAhead(Pipeline):
+    def __init__(self, client: Redis, ahead: Callable[[], float]) -> None:
+        super().__init__(client.connection_pool, client.response_callbacks, False, None)
+        self._ahead = ahead
+
+    def execute(self, raise_on_error: bool = True) -> list[Any]:
+        *others, (seconds, micros) = super().execute(raise_on_error)
+        return [*others, (int(seconds + self._ahead()), micros)]
+
+
+def client_ahead(client: Redis, ahead: Callable[[], float]) -> Any:
+    """Calls scripts, and its pipelines that end with TIME say that the clock is so many seconds ahead."""
+    return SimpleNamespace(
+        register_script=client.register_script, pipeline=lambda **_: _PipelineAhead(client, ahead)
+    )
 
 
 @pytest.fixture

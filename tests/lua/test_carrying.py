@@ -237,6 +237,35 @@ def test_a_superseded_carrier_ends_by_itself(bench: Bench) -> None:
     assert bench.scripts.inbox_length("q") == 0
 
 
+def test_a_term_that_follows_at_once_carries_after_the_one_before_has_given_back(bench: Bench) -> None:
+    bench.lead()
+    superseded = bench.fence
+    hub, has_taken, go_on = Hub(), threading.Event(), threading.Event()
+    hub.publish(*NAMES)
+
+    class Slow(HubSource):
+        def take(self, most: int, seconds: float) -> list[Taken]:
+            if not self.hub.waiting:
+                self.idle.wait(0.01)
+                return []
+            taken = super().take(most, seconds)
+            has_taken.set()
+            assert go_on.wait(20)
+            return taken
+
+    carrier = Carrier(bench.scripts, "q", "q", lambda: Slow(hub))
+    carrier.begin(superseded)
+    assert has_taken.wait(20)
+    bench.scripts.resign("q", superseded)
+    bench.lead(candidate="leader/2")
+    carrier.begin(bench.fence)
+    go_on.set()
+    wait_until(lambda: bench.scripts.inbox_length("q") == len(NAMES), what="all in the inbox")
+    carrier.end()
+    admit_all(bench)
+    assert admitted(bench) == NAMES
+
+
 def test_a_carry_whose_reply_was_lost_gets_its_first_answer(bench: Bench) -> None:
     bench.lead()
     taken = [Taken(message("a-1"), "one", False, None)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from celery_affinity.rescuer import Rescuer
 from celery_affinity.scripts import Scripts
 from celery_affinity.watchdog import Lifeline
 
-from .conftest import Bench, Copy
+from .conftest import Bench, Copy, client_ahead
 
 
 class JumpingClock(Scripts):
@@ -25,12 +24,7 @@ class JumpingClock(Scripts):
     def __init__(self, bench: Bench) -> None:
         super().__init__(bench.client, bench.scripts.keys)
         self.ahead = 0
-        real = bench.client
-        self.client = SimpleNamespace(  # type: ignore[assignment]
-            info=lambda section: {**real.info(section), "uptime_in_seconds": 10**6},
-            register_script=real.register_script,
-            time=lambda: (real.time()[0] + self.ahead, real.time()[1]),
-        )
+        self.client = client_ahead(bench.client, lambda: self.ahead)
 
     def rescue(self, state: str, fence: str, budget: int, looked: object = None) -> list[object]:
         """Inside of scripts the clock has not jumped."""

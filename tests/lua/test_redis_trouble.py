@@ -6,12 +6,10 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from redis import Redis
-from redis.client import Pipeline
 from redis.exceptions import OutOfMemoryError
 
 from celery_affinity.doorbell import Doorbell
@@ -23,7 +21,7 @@ from celery_affinity.rescuer import Rescuer
 from celery_affinity.scripts import Scripts
 from celery_affinity.witness import Witness
 
-from .conftest import Bench
+from .conftest import Bench, client_ahead
 from .test_random_walk import WALKS, World
 
 
@@ -169,27 +167,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-class LatePipeline(Pipeline):
-    """Its answer to TIME is that of the test's clock."""
-
-    def __init__(self, client: Redis, clock: Clock) -> None:
-        super().__init__(client.connection_pool, client.response_callbacks, False, None)
-        self._clock = clock
-
-    def execute(self, raise_on_error: bool = True) -> list[Any]:
-        *others, (seconds, micros) = super().execute(raise_on_error)
-        return [*others, (int(seconds + self._clock.now), micros)]
-
-
 class Later(Scripts):
     """Scripts whose server tells the time of the test's clock."""
 
     def __init__(self, bench: Bench, clock: Clock) -> None:
         super().__init__(bench.client, bench.scripts.keys)
-        real = bench.client
-        self.client = SimpleNamespace(  # type: ignore[assignment]
-            register_script=real.register_script, pipeline=lambda **_: LatePipeline(real, clock)
-        )  # fmt: skip
+        self.client = client_ahead(bench.client, lambda: clock.now)
 
     def rescue(self, state: str, fence: str, budget: int, looked: object = None) -> list[Any]:
         return super().rescue(state, fence, budget)

@@ -9,7 +9,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from celery_affinity.evacuation import evacuate, resume
+from celery_affinity.evacuation import Part, evacuate, resume
 from celery_affinity.message import STAMP_HEADER, Stamp
 from celery_affinity.settings import AffinityQueue
 
@@ -190,14 +190,16 @@ class History:
 
     def _operate(self) -> None:
         """Evacuate the queue, and some time later let it work again."""
-        world, scripts = self.world, SimScripts(self.world)
-        self._insist(lambda: evacuate(scripts, STATE, PENDING, self._entries, world.rng.choice([0.0, 3.0])))
+        world = self.world
+        self._insist(lambda: evacuate(self._parts(), world.rng.choice([0.0, 3.0])))
         world.sleep(world.rng.choice([0.0, 2.0]))
         self._resume()
 
     def _resume(self) -> None:
-        scripts = SimScripts(self.world)
-        self._insist(lambda: resume(scripts, STATE, PENDING, self._entries))
+        self._insist(lambda: resume(self._parts()))
+
+    def _parts(self) -> list[Part]:
+        return [Part(SimScripts(self.world), STATE, PENDING, self._entries)]
 
     def _revoke(self) -> None:
         number = self.world.rng.randrange(1, self._numbers + 3)
