@@ -100,8 +100,9 @@ def _is_same(broker: str, ledger: str, prefix: str) -> bool:
         return False
     if address.same_server(broker, ledger):
         return True
+    clients = _client(broker), _client(ledger, prefix)
     try:
-        return same_database(_client(broker), _client(ledger, prefix))
+        return same_database(*clients)
     except RedisError as error:
         # Carried is right in both cases, and only slower if they are one after all.
         logger.warning(
@@ -110,6 +111,9 @@ def _is_same(broker: str, ledger: str, prefix: str) -> bool:
             extra={"action": "redis_check"},
         )
         return False
+    finally:
+        for client in clients:
+            client.connection_pool.disconnect()
 
 
 def _client(url: str, prefix: str | None = None) -> Redis:
