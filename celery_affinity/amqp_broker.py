@@ -65,7 +65,8 @@ class AmqpBroker:
 
     def source(self, pending: str) -> AmqpSource:
         """Connect to take from a pending queue."""
-        return AmqpSource(_open(self._connect, self._heartbeat), self._pending_queue(pending))
+        connection = _open(self._connect, self._heartbeat)
+        return AmqpSource(connection, self._pending_queue(pending), 4.0 * self._heartbeat)
 
     def outlet(self) -> AmqpOutlet:
         """Connect to publish into worker queues."""
@@ -116,19 +117,29 @@ def _hang_up(connection: Any) -> None:
 
 
 class AmqpSource:
-    """Consumes one pending queue."""
+    """Consumes one pending queue, alone.
 
-    def __init__(self, connection: Any, queue: Queue) -> None:
+    A leader that is frozen in another process holds what RabbitMQ has handed to it, until RabbitMQ
+    gives it up. Whoever follows waits for that: the messages behind those would overtake them
+    (test_messages_that_a_frozen_leader_holds_are_not_overtaken).
+
+    Arguments:
+        patience_seconds: For how long. Somebody who is no leader may consume the queue, too, such
+            as a worker of plain Celery: that one is not waited for any longer.
+    """
+
+    def __init__(self, connection: Any, queue: Queue, patience_seconds: float) -> None:
         self._connection = connection
         self._queue = queue
+        self._patience_seconds = patience_seconds
+        self._consuming = False
         self._received: list[Taken] = []
         try:
             self._channel = connection.channel()
             self._channel.auto_decode = False
             self._channel.basic_qos(0, PREFETCH, False)
-            bound = queue(self._channel)
-            bound.declare()
-            bound.consume(callback=self._receive, no_ack=False)  # type: ignore[arg-type]
+            self._bound = queue(self._channel)
+            self._bound.declare()
             self._publishing: Any = None
         except Exception:
             _hang_up(connection)
@@ -140,8 +151,23 @@ class AmqpSource:
         again = info.get("redelivered") or _is_given_back(message)
         self._received.append(Taken(raw, identity, bool(again), info["delivery_tag"]))
 
+    def _consume(self) -> None:
+        deadline = time.monotonic() + self._patience_seconds
+        while time.monotonic() < deadline and self._others():
+            self._connection.heartbeat_check()
+            time.sleep(0.1)
+        self._bound.consume(callback=self._receive, no_ack=False)  # type: ignore[arg-type]
+        self._consuming = True
+
+    def _others(self) -> int:
+        return int(self._channel.queue_declare(self._queue.name, passive=True).consumer_count)
+
     def take(self, most: int, seconds: float) -> list[Taken]:
-        """Wait for a message, and take what has arrived with it."""
+        """Wait for a message, and take what has arrived with it. The first time, wait for the end
+        of others before that.
+        """
+        if not self._consuming:
+            self._consume()
         self._connection.heartbeat_check()
         patience: float = 0.0 if self._received else seconds
         while len(self._received) < most:

@@ -18,7 +18,7 @@ __all__ = ("Lifelines", "Reporters")
 
 def _of_stamp(name: str) -> Any:
     def call(self: HeldByShard, stamp: Stamp, *args: Any) -> Any:
-        return getattr(self.shards[stamp.incarnation], name)(stamp, *args)
+        return getattr(self.of(stamp), name)(stamp, *args)
 
     return call
 
@@ -33,6 +33,10 @@ class HeldByShard(Held):
     def __init__(self, shards: Mapping[str, Held]) -> None:
         super().__init__()
         self.shards = shards
+
+    def of(self, stamp: Stamp) -> Held:
+        """The shard of a message; of a stray one of another node, the first."""
+        return self.shards.get(stamp.incarnation) or next(iter(self.shards.values()))
 
     sent = _of_stamp("sent")
     unsent = _of_stamp("unsent")
@@ -122,15 +126,19 @@ class Reporters:
 
     def discard(self, stamp: Stamp, verdict: str, reason: str = "") -> bool:
         """See `Reporter.discard`."""
-        return self._of[stamp.incarnation].discard(stamp, verdict, reason)
+        return self._for(stamp).discard(stamp, verdict, reason)
 
     def finish(self, stamp: Stamp, outcome: str = "") -> bool:
         """See `Reporter.finish`."""
-        return self._of[stamp.incarnation].finish(stamp, outcome)
+        return self._for(stamp).finish(stamp, outcome)
 
     def process_lost(self, stamp: Stamp) -> str:
         """See `Reporter.process_lost`."""
-        return self._of[stamp.incarnation].process_lost(stamp)
+        return self._for(stamp).process_lost(stamp)
+
+    def _for(self, stamp: Stamp) -> Reporter:
+        # A stray message of another node is refused by any.
+        return self._of.get(stamp.incarnation, self.all[0])
 
 
 class Lifelines(Lifeline):

@@ -157,6 +157,16 @@ class AffinityQueue(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_shards(self) -> AffinityQueue:
+        if self.shards > 1 and self.slots is not None:
+            raise ValueError(
+                f"slots ({self.slots}) and shards ({self.shards}) do not go together: each slot of "
+                "a node works for one shard at a time. Leave slots out, or give the queue workers "
+                "of its own with as many slots"
+            )
+        return self
+
     _names = field_validator("name", "pending_queue_name", "worker_queue_prefix", "state_prefix")(
         _check_name
     )

@@ -15,13 +15,15 @@ class ShardedScripts(Scripts):
 
     Arguments:
         by_word: For each incarnation of the node, and each queue's state name, the ledger that has
-            it. Every call that a node makes about a task begins with one of the two.
+            it. Every call that a node makes about a task begins with one of the two. What is of
+            neither goes to the first one, which refuses it: a stray message of another node.
     """
 
     def __init__(self, by_word: Mapping[str, Scripts]) -> None:
-        first = next(iter(by_word.values()))
+        self._first = first = next(iter(by_word.values()))
         super().__init__(first.client, first.keys)
         self._by_word = dict(by_word)
 
     def _call(self, name: str, *args: object, lists: Sequence[str] = ()) -> Any:
-        return self._by_word[str(args[0])]._call(name, *args, lists=lists)
+        scripts = self._by_word.get(str(args[0]), self._first)
+        return scripts._call(name, *args, lists=lists)

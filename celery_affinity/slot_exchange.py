@@ -122,10 +122,7 @@ class SlotExchange:
     def away(self, shard: int) -> list[int]:
         """Slots that do not work for this shard. Any thread may ask."""
         with self._lock:
-            return [slot for slot in self._slots() if self._owner_of(slot) != shard]
-
-    def _slots(self) -> range:
-        return range(max(self._size(), len(self._owner)))
+            return [slot for slot in range(self._size()) if self._owner_of(slot) != shard]
 
     def _owner_of(self, slot: int) -> int | None:
         """The shard that has a slot; None while it moves."""
@@ -168,9 +165,8 @@ class SlotExchange:
 
     def _choose(self, demands: Mapping[int, Demand]) -> tuple[int, int] | None:
         with self._lock:
-            owner = {
-                slot: at for slot in self._slots() if (at := self._owner_of(slot)) is not None
-            }
+            slots = range(self._size())
+            owner = {slot: at for slot in slots if (at := self._owner_of(slot)) is not None}
             coming: dict[int, int] = {}
             for _, new in self._moving.values():
                 coming[new] = coming.get(new, 0) + 1

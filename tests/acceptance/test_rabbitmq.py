@@ -6,7 +6,10 @@ The producers here confirm their publishes: a message whose publish returned is 
 from __future__ import annotations
 
 import contextlib
+import json
 import time
+from base64 import b64decode
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,7 @@ from acceptance.support import (
     wait_for_nodes,
 )
 from brokers import QUORUM, RABBIT
+from celery_affinity.amqp_broker import AmqpBroker
 from celery_affinity.embedded import Server
 from harness import Cluster, wait_for_ends, wait_until
 from history import History, record
@@ -323,3 +327,48 @@ def test_ten_thousand_plain_messages_are_taken_while_a_leader_is_killed(
 def admitted(producer: Producer) -> int:
     stats = producer.affinity.stats("jobs")
     return stats.entries + stats.settled
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+def test_messages_that_a_frozen_leader_holds_are_not_overtaken(rabbit: RabbitServer, kind: str) -> None:
+    url = rabbit.new_virtual_host()
+    queue = Queue("jobs", queue_arguments={"x-queue-type": kind})
+    broker = AmqpBroker(partial(Connection, url), lambda name: queue, 2.0, 60.0)
+
+    def publish(*names: str) -> None:
+        with Connection(url) as connection:
+            for name in names:
+                connection.Producer().publish(name, routing_key="jobs", declare=[queue], retry=True)
+
+    publish("first", "second")
+    frozen, following = broker.source("jobs"), broker.source("jobs")
+    assert len(frozen.take(10, 5.0)) == 2
+    began = time.monotonic()
+    found = following.take(10, 0.1)
+    later = [f"later {number}" for number in range(6)]  # RabbitMQ deals them out to both
+    publish(*later)
+    while len(found) < 8:
+        found += following.take(10, 5.0)
+    print(f"{time.monotonic() - began:.1f} s until RabbitMQ gave up the frozen one")
+    bodies = [b64decode(json.loads(one.raw)["body"]).decode() for one in found]
+    assert bodies == ["first", "second", *later]
+    following.done(found)
+    following.close()
+    frozen.close()
+
+
+def test_somebody_who_consumes_the_queue_and_is_no_leader_is_waited_for_once(rabbit: RabbitServer) -> None:
+    url = rabbit.new_virtual_host()
+    broker = AmqpBroker(partial(Connection, url), Queue, 2.0, 60.0)
+    with Connection(url) as stranger:
+        bound = Queue("jobs")(stranger.default_channel)
+        bound.declare()
+        bound.consume(callback=lambda message: None)
+        source = broker.source("jobs")
+        began = time.monotonic()
+        assert source.take(1, 0.1) == []
+        assert 7 < time.monotonic() - began < 12, "four times what RabbitMQ is told"
+        began = time.monotonic()
+        assert source.take(1, 0.1) == []
+        assert time.monotonic() - began < 5
+        source.close()

@@ -94,6 +94,7 @@ def test_ordered_retries_is_a_yes_or_a_bound(ordered: float, milliseconds: int) 
         ({"untagged": "ignore"}, "untagged"),
         ({"ordered_retries": -1}, "ordered_retries"),
         ({"warm_wait": -1}, "warm_wait"),
+        ({"shards": 2, "slots": 1}, "slots .1. and shards .2. do not go together"),
         ({"warm_wait": 1, "warm_tags": 0}, "warm_wait .1 s. needs warm_tags above 0"),
         ({"max_batch_seconds": 0}, "max_batch_seconds"),
     ],
