@@ -239,7 +239,8 @@ def _closed(source: Source | None) -> Source | None:
 def sweep(scripts: Scripts, state: str, source: Source) -> None:
     """Delete worker queues on the broker whose node is not in the ledger (any more).
 
-    A node registers before it notes and declares its queues, so one that starts is not struck.
+    A node registers before it notes and declares its queues, so one that starts is not struck. One
+    that was given up and comes back may be; its relay sees to a new declaration (relay.py).
     """
     gone = scripts.queues_abroad_of_the_lost(state)
     if gone:
