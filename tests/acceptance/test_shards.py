@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +35,7 @@ TAGS = [f"tag-{number}" for number in range(12)]
 @pytest.fixture(
     params=[
         "same",
-        "redis",
+        pytest.param("redis", marks=pytest.mark.long),
         pytest.param("rabbitmq", marks=pytest.mark.rabbitmq),
         pytest.param("redis cluster", marks=pytest.mark.servers),
     ]
@@ -136,3 +137,23 @@ def test_on_every_pool_three_shards_lose_and_reorder_nothing(
     history = History.load(history_path)
     history.assert_lawful()
     assert history.reruns() == 0
+
+
+def test_a_free_slot_is_with_the_shard_that_needs_it_within_a_second(
+    sharded: Cluster, history_path: Path
+) -> None:
+    """Tags of one shard only, on a node with a slot for each: all slots work for them."""
+    producer = Producer(sharded.broker_url)
+    sharded.worker(APP, queues="jobs", concurrency=SHARDS, environ=QUICK, extra=LEAN)
+    wait_for_nodes(producer.affinity, 1)
+    waits = []
+    for number in range(6):
+        shard = number % SHARDS
+        tags = [f"t{n}" for n in range(100) if shard_of(f"t{n}", SHARDS) == shard]
+        sent = time.monotonic_ns()
+        producer.send_each(tags[:SHARDS], 1, ms=700)
+        wait_for_ends(history_path, producer.sent)
+        mine = [run for run in History.load(history_path).runs if run.start > sent]
+        waits.append((max(run.start for run in mine) - sent) / 1e9)
+    print("the last of three started after", ", ".join(f"{wait:.2f}" for wait in waits), "s")
+    assert sorted(waits)[len(waits) // 2] < 1
