@@ -134,6 +134,10 @@ class LeaderScripts(ScriptCalls):
         done, *unread = self._call("requeue", state, token, *kept, *entries)
         return int(done), [int(entry) for entry in unread]
 
+    def requeue_elsewhere(self, state: str, token: str, entry: int) -> int:
+        """Take out a dead letter whose message was published for another shard; how many."""
+        return int(self._call("requeue", state, token, "elsewhere", "", "", entry)[0])
+
     def purge(self, state: str, token: str, entries: Sequence[int]) -> int:
         """Delete dead letters whose callers know; returns how many."""
         return int(self._call("purge", state, token, *entries)[0])

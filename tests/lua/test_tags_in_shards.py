@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from celery_affinity import Affinity
 from celery_affinity.embedded import Server
-from celery_affinity.intake import no_tag, shard_in
+from celery_affinity.intake import Intake, no_tag, shard_in
 from celery_affinity.keys import Keys
 from celery_affinity.scripts import Scripts
 from celery_affinity.sharding import shard_of
@@ -16,6 +17,9 @@ from celery_affinity.sharding import shard_of
 from .conftest import Bench
 from .test_carrying import message
 from .test_shards import SHARDS, Shards
+from .test_whole_queues import TAGS, Died, System, system, three
+
+__all__ = ("system", "three")
 
 
 @pytest.fixture
@@ -49,3 +53,53 @@ def test_a_tag_is_in_one_shard_whatever_way_it_is_written(shards: Shards, writte
     assert shard_of(tag, SHARDS) == shard, f"{written} became {tag!r}"
     found = json.loads(kept)["headers"]["identify_tag"]
     assert str(found) == tag
+
+
+# Without a tag in the message, the app that decodes it says what the tag is. Not all processes have the same app.
+
+
+def untagged(name: str) -> bytes:
+    raw = json.loads(message(name))
+    del raw["headers"]["identify_tag"]
+    return json.dumps(raw).encode()
+
+
+def test_a_message_whose_tag_only_the_intakes_app_knows_runs_in_no_other_shard(three: System) -> None:
+    """The carrier's app did not know the task: so it came into the first shard."""
+    first = three.parts[0]
+    first.push(untagged(f"{TAGS[3]}-1"))
+    intake = Intake(
+        first.scripts, first.state, [first.pending], lambda message: TAGS[3], shard=0, shards=3
+    )
+    while intake.run(first.fence)[1]:
+        pass
+    assert first.backlog(TAGS[3]) == []
+    (letter,) = three.affinity.dead_letters("q")
+    assert "another shard" in letter.reason
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_letter_that_gets_its_tag_when_it_is_requeued_runs_in_the_shard_of_that_tag(
+    three: System, dies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three.parts[0].push(untagged(f"{TAGS[3]}-1"))
+    three.parts[0].admit_all()
+    assert len(three.affinity.dead_letters("q")) == 1
+    monkeypatch.setattr(
+        Affinity, "_tag_of_message", lambda self, message: message["headers"]["id"].partition("-")[0]
+    )
+    if dies:
+        with monkeypatch.context() as patch:
+            patch.setattr(Scripts, "requeue_elsewhere", died)
+            with pytest.raises(Died):
+                three.affinity.requeue_dead("q")
+    assert three.affinity.requeue_dead("q") == 1
+    assert [part.backlog(TAGS[3]) for part in three.parts] == [[], [], []]
+    assert three.affinity.dead_letters("q") == []
+    found = [json.loads(raw) for raw in three.broker.lrange(three.pending, 0, -1)]
+    assert {one["headers"]["identify_tag"] for one in found} == {TAGS[3]}
+    assert len({one["properties"]["delivery_tag"] for one in found}) == 1, "a repeat is known as one"
+
+
+def died(*args: object) -> None:
+    raise Died
