@@ -117,7 +117,7 @@ class DeadLetterCalls(Bound):
         )
 
     def _give_back_one(self, part: AffinityQueue, entry: int, raw: bytes) -> None:
-        """Publish a letter's message; a repeat has the same identity, so that it is carried once."""
+        """Publish a letter's message; a repeat has the same identity: it is carried once."""
         broker: Any = self.delivery.broker  # queues with several shards have one
         source = broker.source(part.pending)
         try:

@@ -43,12 +43,11 @@ class LeaderScripts(ScriptCalls):
         return None if found is None else int(found)
 
     def is_empty(self, state: str) -> bool:
-        """Whether a queue, or a shard of it, has nothing that waits or runs, and no dead letters:
-        they may be requeued. Reads only.
+        """Whether a queue, or a shard of it, has nothing that waits or runs or is being given back
+        by an evacuation, and no dead letters: they may be requeued. Reads only.
         """
-        key = self.keys.queue
-        names = (key(state, "m"), key(state, "dead"), self.keys.inbox(state))
-        return not self.client.exists(*names)
+        names = ("m", "dead", "inbox", "stage", "back", "batch")
+        return not self.client.exists(*(self.keys.queue(state, name) for name in names))
 
     # What the leader does
 
