@@ -35,6 +35,8 @@ class Demand(NamedTuple):
     away: frozenset[int]
     #: Those that run an ordinary task.
     ordinary: frozenset[int] = frozenset()
+    #: The tokens of these tasks; they are the same in all shards, where slots are processes.
+    tokens: frozenset[str] = frozenset()
     #: For how long the first of the ready tags has waited, in seconds of that server's clock.
     waited: float = 0.0
 
@@ -278,7 +280,9 @@ class NodeScripts(ScriptCalls):
         first = [heads[0][1] for go, heads in zip(runs, found[3::5], strict=True) if go and heads]
         away = {token[5:] for token in busy if token.startswith(b"away:")}
         ordinary = {
-            slot for token, slot in busy.items() if not token.startswith(b"away:") and slot != b"-"
+            text_of(token): slot
+            for token, slot in busy.items()
+            if not token.startswith(b"away:") and slot != b"-"
         }
         return Demand(
             ready=sum(ready for go, ready in zip(runs, found[2::5], strict=True) if go),
@@ -287,6 +291,7 @@ class NodeScripts(ScriptCalls):
             idle=frozenset(map(int, idle)),
             leased=frozenset(map(int, leased)),
             away=frozenset(map(int, away)),
-            ordinary=frozenset(map(int, ordinary)),
+            ordinary=frozenset(map(int, ordinary.values())),
+            tokens=frozenset(token for token in ordinary if not token.startswith("slot:")),
             waited=max(0.0, seconds + micros / 1e6 - min(first) / 1e6) if first else 0.0,
         )

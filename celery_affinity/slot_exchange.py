@@ -23,6 +23,8 @@ not take the slot that came for them (all of them wait for another node) is left
 Crash windows:
 - between lend and get_back: the slot works for nobody until the next look
   (test_a_move_cut_off_half_way_is_finished_by_the_next_look).
+- an ordinary task ends while a further shard does not answer: two looks on it is vacated there
+  (test_a_slot_whose_ordinary_task_ended_unheard_is_vacated).
 - a shard's ledger is away or was restored: the others go on; when it answers, the look finds which
   slots it has wrongly (test_a_ledger_that_forgot_who_has_a_slot_is_told).
 """
@@ -83,6 +85,8 @@ class SlotExchange:
         #: Shard -> how many tags did not take a slot, and until when that counts (monotonic).
         self._declined: dict[int, tuple[int, float]] = {}
         self._turns: dict[int, int] = {}
+        #: Shard -> tokens of ordinary tasks that the first one had no more at the last look.
+        self._late: dict[int, frozenset[str]] = {}
         self._numbers = count(1)
         self._stopping = threading.Event()
         self._reachability = [
@@ -121,6 +125,7 @@ class SlotExchange:
         for shard in range(len(self._incarnations)):
             if (demand := self._ask(shard)) is not None:
                 demands[shard] = demand
+        self._free(demands)
         done: set[int] = set()
         begun: set[int] = set()
         while move := self._standing(demands).next(done, begun):
@@ -133,6 +138,24 @@ class SlotExchange:
             else:
                 begun.add(new)
         self._call_back(demands)
+
+    def _free(self, demands: dict[int, Demand]) -> None:
+        """End ordinary tasks of which a shard was not told, as the first was, that they have."""
+        if 0 not in demands:
+            return
+        running = demands[0].tokens
+        for shard, demand in list(demands.items()):
+            late = demand.tokens - running
+            for token in late & self._late.get(shard, frozenset()):
+                self._vacate(shard, token, demands)
+            self._late[shard] = late
+
+    def _vacate(self, shard: int, token: str, demands: dict[int, Demand]) -> None:
+        try:
+            self._scripts[shard].vacate(self._incarnations[shard], token)
+        except RedisError:
+            return  # the next look does
+        self._ask_again(shard, demands)
 
     def _standing(self, demands: Mapping[int, Demand]) -> Standing:
         now = time.monotonic()

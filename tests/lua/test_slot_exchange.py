@@ -242,3 +242,19 @@ def test_what_a_shard_lost_of_a_node_takes_its_slots_nowhere_before_it_has_regis
     exchange.look()
     exchange.look()
     assert shards.leased(1) == {0}
+
+
+def test_a_slot_whose_ordinary_task_ended_unheard_is_vacated(shards: Shards) -> None:
+    shards.lead()
+    _, exchange = shards.open(2)
+    names = incarnations_of("n", SHARDS)
+    for bench, name in zip(shards.benches, names, strict=True):
+        bench.scripts.occupy(name, 0, "runs")
+        bench.scripts.occupy(name, 1, "ended")
+    shards.benches[0].scripts.vacate("n", "ended")
+    exchange.look()
+    assert shards.idle(1) == set(), "it may just be about to say so"
+    exchange.look()
+    assert shards.idle(1) == {1}
+    key = shards.benches[1].scripts.keys.worker(names[1], "busy")
+    assert shards.benches[1].client.hgetall(key) == {b"away:0": b"0", b"runs": b"0"}

@@ -16,7 +16,7 @@ def demand(
     *, ordinary: tuple[int, ...] = (), waited: float = 0.0, away: tuple[int, ...] = (),
 ) -> Demand:  # fmt: skip
     sets = map(frozenset, (idle, leased, away, ordinary))
-    return Demand(ready, free, held, *sets, waited)
+    return Demand(ready, free, held, *sets, waited=waited)  # type: ignore[arg-type]
 
 
 def choose(demands: dict[int, Demand], owner: dict[int, int]) -> tuple[int, int] | None:
