@@ -90,7 +90,7 @@ class Gate:
         succeeded: Callable[[str, Mapping[str, Any]], str | None] = lambda task_id, request: None,
     ) -> None:
         self._succeeded = succeeded
-        self._began: dict[str, float] = {}
+        self._began: dict[str, tuple[str, float]] = {}
         self._inside: set[object] = set()
         self._scripts = connect()
         self._refusal = refusal
@@ -109,8 +109,8 @@ class Gate:
         self._starts = Starts(self._scripts, self._token, trust_seconds, granted=slot is not None)
         self._reachability = Reachability(logger, f"tasks of process {os.getpid()}")
 
-    def began(self) -> list[float]:
-        """When the dispatched tasks that run here began (`watchdog.seconds`)."""
+    def began(self) -> list[tuple[str, float]]:
+        """The node's name in its shard of each dispatched task here, and when that began."""
         return list(self._began.values())
 
     @property
@@ -227,7 +227,7 @@ class Gate:
         )
         outcome = "done"
         failure: tuple[bytes, ...] = ()
-        self._began[run.token] = seconds()
+        self._began[run.token] = stamp.incarnation, seconds()
         try:
             stored = self._succeeded(uuid, request) if stamp.attempt > 1 else None
             if stored is not None:

@@ -14,7 +14,7 @@ from celery_affinity.delivery import Delivery
 from celery_affinity.keys import Keys
 from celery_affinity.relay import Relay
 from celery_affinity.reporter import Reporter
-from celery_affinity.reporters import Lifelines, Reporters
+from celery_affinity.reporters import Reporters
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.sharded_scripts import ShardedScripts
@@ -84,11 +84,10 @@ class NodeLedgers:
         self.incarnations = incarnations_of(node.incarnation, settings.shards)
         self._shards = range(settings.shards)
         self.exchange = self._make_exchange() if settings.shards > 1 else None
-        lifelines = [Lifeline() for _ in self._shards]
-        self.lifeline = Lifelines(lifelines) if self.exchange else lifelines[0]
+        self.lifelines = {incarnation: Lifeline() for incarnation in self.incarnations}
         reporters = [
-            self._make_reporter(shard, lifelines[shard], looks if not shard else (), pulse)
-            for shard in self._shards
+            self._make_reporter(shard, lifeline, looks if not shard else (), pulse)
+            for shard, lifeline in enumerate(self.lifelines.values())
         ]
         self.reporter = Reporters(dict(zip(self.incarnations, reporters, strict=True)))
         self.relays: list[Relay] = []
