@@ -45,12 +45,17 @@ from celery_affinity.node_scripts import Demand
 from celery_affinity.scripts import Scripts
 from celery_affinity.slot_choice import Standing
 
-__all__ = ("SlotExchange",)
+__all__ = ("ANSWER_SECONDS", "SlotExchange")
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two looks; the time in which a free slot is with the shard that needs it.
 LOOK_SECONDS = 0.2
+#: Seconds after which a shard counts as one that does not answer, at each try of its client; the
+#: slots of the others stand still as long.
+ANSWER_SECONDS = 1.0
+#: Seconds in which one that hung so is not asked again.
+QUIET_SECONDS = 5.0
 #: Seconds in which a shard whose tags did not take a slot gets no more, unless it has others ready.
 DECLINED_SECONDS = 1.0
 
@@ -89,6 +94,8 @@ class SlotExchange:
         self._late: dict[int, frozenset[str]] = {}
         self._numbers = count(1)
         self._stopping = threading.Event()
+        #: Shard that hung -> until when it is not asked (monotonic).
+        self._quiet: dict[int, float] = {}
         self._reachability = [
             Reachability(logger, "slots", f"The Redis of shard {shard}")
             for shard in range(len(incarnations))
@@ -190,6 +197,9 @@ class SlotExchange:
 
     def _ask(self, shard: int) -> Demand | None:
         """How a shard stands, after it was told which slots it has; None without an answer."""
+        asked = time.monotonic()
+        if asked < self._quiet.get(shard, 0.0):
+            return None
         scripts, incarnation = self._scripts[shard], self._incarnations[shard]
         states = self._served(shard)
         try:
@@ -204,6 +214,8 @@ class SlotExchange:
                 demand = scripts.demand(incarnation, states)
         except RedisError as error:
             self._reachability[shard].unanswered(error)
+            if time.monotonic() - asked >= ANSWER_SECONDS:  # it hangs: the others' slots waited
+                self._quiet[shard] = time.monotonic() + QUIET_SECONDS
             return None
         self._reachability[shard].answered()
         return demand

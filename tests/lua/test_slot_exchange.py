@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from celery_affinity import slot_exchange
 from celery_affinity.embedded import Server
 from celery_affinity.keys import Keys
 from celery_affinity.operator_scripts import OperatorScripts
@@ -242,6 +245,30 @@ def test_what_a_shard_lost_of_a_node_takes_its_slots_nowhere_before_it_has_regis
     exchange.look()
     exchange.look()
     assert shards.leased(1) == {0}
+
+
+def test_a_shard_whose_server_hangs_holds_up_the_others_slots_seldom(
+    shards: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards.lead()
+    _, exchange = shards.open(2)
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(slot_exchange, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def hangs(*_: object) -> None:
+        clock.now += slot_exchange.ANSWER_SECONDS
+        raise RedisTimeoutError("no answer")
+
+    monkeypatch.setattr(exchange._scripts[1], "demand", hangs)
+    for _ in range(20):
+        exchange.look()
+        clock.now += slot_exchange.LOOK_SECONDS
+    assert clock.now < 106.0, "of 5 s, one was waited for it"
+    monkeypatch.undo()
+    shards.benches[1].client.delete(shards.benches[1].scripts.keys.worker("n-1", "busy"))
+    exchange._quiet.clear()
+    exchange.look()
+    assert shards.benches[1].client.hkeys(shards.benches[1].scripts.keys.worker("n-1", "busy"))
 
 
 def test_a_slot_whose_ordinary_task_ended_unheard_is_vacated(shards: Shards) -> None:
