@@ -98,6 +98,7 @@ class Carrier:
         self._spread = spread
         self._connect = connect
         self._over = threading.Event()
+        self._refused: threading.Event | None = None
         self._thread: threading.Thread | None = None
         self._reachability = Reachability(logger, f"tasks of {name!r}", "The broker or the ledger")
         self._full = False
@@ -117,6 +118,13 @@ class Carrier:
     def end(self) -> None:
         """The term is over. Does not wait: what is still under way is refused by carry.lua."""
         self._over.set()
+
+    @property
+    def was_refused(self) -> bool:
+        """Whether a ledger said that this term is over: that of the first shard, or one of another,
+        which has heard of a later one (the first one's is of an older copy).
+        """
+        return self._refused is self._over
 
     def _run_after(
         self, before: threading.Thread | None, fence: str, over: threading.Event
@@ -147,7 +155,9 @@ class Carrier:
                     self._carry(fence, source, taken, over)
             except _Stopped:
                 source = _closed(source)
+                over.wait(RETRY_SECONDS)
             except _Over:
+                self._refused = over
                 over.set()
             except Exception as error:
                 source = _closed(source)

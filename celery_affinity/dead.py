@@ -2,11 +2,14 @@
 
 What is requeued need not pass the pending queue: a message that was admitted once is admitted again
 inside Redis, any other is judged here as intake judges it, and stays buried if it still cannot be
-used.
+used. One whose tag turns out to be another shard's goes there by the broker.
 
 Crash windows: each step is one script that moves a letter or leaves it where it is, so a caller who
 dies between two of them has moved some (test_two_callers_requeue_each_letter_once). After a lost
 reply the same token is sent again (test_a_repeated_request_moves_nothing_and_answers_the_same).
+Between publishing and requeue_elsewhere a letter is in both; the repeat publishes it with the same
+identity, by which the carrier knows it
+(test_a_letter_that_gets_its_tag_when_it_is_requeued_runs_in_the_shard_of_that_tag).
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ from uuid import uuid4
 
 from celery_affinity.scripts import Scripts
 
-__all__ = ("DeadLetters", "Judge", "Letters")
+__all__ = ("DeadLetters", "Judge", "Letters", "Publish")
 
 #: Says of a message what intake would do: ("admit", message, tag, due time) or anything else.
 Judge = Callable[[bytes], tuple[object, ...]]
+#: Publishes an entry's message, for its shard.
+Publish = Callable[[int, bytes], None]
 #: Yields the entries that are buried now, oldest first, of one tag or of all.
 Letters = Callable[[str | None], Iterable[int]]
 
@@ -34,11 +39,19 @@ class DeadLetters:
     #: Letters that one script moves or deletes at most: a few milliseconds of Redis.
     BATCH = 100
 
-    def __init__(self, scripts: Scripts, state: str, judge: Judge, letters: Letters) -> None:
+    def __init__(
+        self,
+        scripts: Scripts,
+        state: str,
+        judge: Judge,
+        letters: Letters,
+        publish: Publish | None = None,
+    ) -> None:
         self._scripts = scripts
         self._state = state
         self._judge = judge
         self._letters = letters
+        self._publish = publish
 
     def requeue(self, entries: Iterable[int] | None, tag: str | None) -> int:
         """Requeue these entries, those of a tag, or all; returns how many went."""
@@ -55,6 +68,9 @@ class DeadLetters:
         if raw is None:
             return 0
         verdict, *kept = self._judge(raw)
+        if verdict == "elsewhere" and self._publish is not None:
+            self._publish(entry, bytes(kept[0]))  # type: ignore[call-overload]
+            return self._scripts.requeue_elsewhere(self._state, _token(), entry)
         if verdict != "admit":
             return 0
         return self._scripts.requeue(self._state, _token(), [entry], kept[:3])[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Any
+from uuid import NAMESPACE_OID, uuid5
 
 from celery_affinity.bound import Bound
 from celery_affinity.dead import DeadLetters
@@ -104,7 +106,22 @@ class DeadLetterCalls(Bound):
     def _dead_of(self, part: AffinityQueue) -> DeadLetters:
         scripts, ledger = self._shards.scripts(part.shard), self._shards.ledger(part.shard)
         spread = part.untagged == "spread"
-        intake = Intake(scripts, part.state, [], self._tag_of_message, spread)
+        place = (part.shard, part.shards)
+        intake = Intake(scripts, part.state, [], self._tag_of_message, spread, *place)
         return DeadLetters(
-            scripts, part.state, intake.judge, partial(ledger.dead_entries, part)
+            scripts,
+            part.state,
+            intake.judge,
+            partial(ledger.dead_entries, part),
+            partial(self._give_back_one, part),
         )
+
+    def _give_back_one(self, part: AffinityQueue, entry: int, raw: bytes) -> None:
+        """Publish a letter's message; a repeat has the same identity: it is carried once."""
+        broker: Any = self.delivery.broker  # queues with several shards have one
+        source = broker.source(part.pending)
+        try:
+            name = f"{self.settings.namespace} {part.state} {entry}"
+            source.give_back([raw], [uuid5(NAMESPACE_OID, name).hex])
+        finally:
+            source.close()

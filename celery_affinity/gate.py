@@ -90,7 +90,7 @@ class Gate:
         succeeded: Callable[[str, Mapping[str, Any]], str | None] = lambda task_id, request: None,
     ) -> None:
         self._succeeded = succeeded
-        self._began: dict[str, float] = {}
+        self._began: dict[str, tuple[str, float]] = {}
         self._inside: set[object] = set()
         self._scripts = connect()
         self._refusal = refusal
@@ -102,14 +102,15 @@ class Gate:
         self.in_process = in_process
         self._ordinary = ordinary
         self._held: dict[int, tuple[str, str, str]] = {}
-        self._announced = True
+        #: The node's names where it is not told that this process is new, or free.
+        self._untold: set[str] = set()
         self._numbers = count(1)
         self._process = f"{os.getpid()}:{_started_at()}:{uuid4().hex[:8]}"
         self._starts = Starts(self._scripts, self._token, trust_seconds, granted=slot is not None)
         self._reachability = Reachability(logger, f"tasks of process {os.getpid()}")
 
-    def began(self) -> list[float]:
-        """When the dispatched tasks that run here began (`watchdog.seconds`)."""
+    def began(self) -> list[tuple[str, float]]:
+        """The node's name in its shard of each dispatched task here, and when that began."""
         return list(self._began.values())
 
     @property
@@ -120,21 +121,19 @@ class Gate:
     def process_up(self) -> None:
         """Tell the ledger that this slot has a new process."""
         if self._slot is not None:
-            slot = self._slot
             # Not patiently: the pool kills a process that does not come up. The heartbeat finds
-            # what an earlier process had started, too; the slot of an ordinary task that was lost
-            # with it is free again at the latest when the first task comes.
-            for one in self._incarnations:
-                up = partial(self._scripts.process_up, one, slot)
-                self._announced = self._briefly(up) and self._announced
+            # what an earlier process had started, too; a lost ordinary task's slot is free again
+            # at the latest when the first task comes.
+            self._untold = {one for one in self._incarnations if not self._briefly(self._up(one))}
 
-    def _announce(self) -> None:
-        """Before the first task: tell what `process_up` could not tell."""
-        if not self._announced and self._slot is not None:
-            slot = self._slot
-            for one in self._incarnations:
-                self._patiently(partial(self._scripts.process_up, one, slot))
-        self._announced = True
+    def _up(self, incarnation: str) -> Callable[[], bool]:
+        return partial(self._scripts.process_up, incarnation, self._slot)  # type: ignore[arg-type]
+
+    def _announce(self, incarnation: str) -> None:
+        """Before a task of that shard: tell it what could not be told."""
+        if incarnation in self._untold:
+            self._patiently(self._up(incarnation))
+            self._untold.discard(incarnation)
 
     def close(self) -> None:
         """This process stops: its tags are released for its receivers."""
@@ -165,18 +164,23 @@ class Gate:
         if not self._ordinary or not request or request.get("is_eager"):
             return tracer(uuid, args, kwargs, request)
         token = self._token()
-        self._announce()
+        first, *others = self._incarnations
+        self._announce(first)
+        self._untold = {one for one in self._untold if not self._briefly(self._up(one))}
         self._starts.decline(self._briefly)
         # A slot that is a process may work for any shard; of others one shard has one less.
-        shards = self._incarnations if self._slot is not None else self._incarnations[:1]
-        for one in shards:
+        others = others if self._slot is not None else []
+        for one in (first, *others):
             self._briefly(partial(self._scripts.occupy, one, self._slot, token))
         try:
             return tracer(uuid, args, kwargs, request)
         finally:
             # Patiently: a slot that is not vacated takes no lease as long as its process lives.
-            for one in shards:
-                self._patiently(partial(self._scripts.vacate, one, token))
+            # Further shards hear of it by the node's next look, too (slot_exchange.py).
+            self._patiently(partial(self._scripts.vacate, first, token))
+            for one in others:
+                if not self._briefly(partial(self._scripts.vacate, one, token)):
+                    self._untold.add(one)
 
     def _dispatched_task(
         self,
@@ -188,7 +192,7 @@ class Gate:
         kwargs: Any,
         request: Any,
     ) -> Any:
-        self._announce()
+        self._announce(stamp.incarnation)
         answer, token = self._starts.begin(stamp, self._patiently)
         run = Run(stamp, uuid, request.get("retries") or 0, token)
         call = None
@@ -223,7 +227,7 @@ class Gate:
         )
         outcome = "done"
         failure: tuple[bytes, ...] = ()
-        self._began[run.token] = seconds()
+        self._began[run.token] = stamp.incarnation, seconds()
         try:
             stored = self._succeeded(uuid, request) if stamp.attempt > 1 else None
             if stored is not None:
@@ -255,11 +259,8 @@ class Gate:
         processes it learns of a timeout only (told), and there is nobody else to do so.
         """
         if self.in_process and not told:
-            self._patiently(
-                lambda: self._scripts.lost(
-                    stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, stamp.state
-                )
-            )
+            fence = stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch
+            self._patiently(lambda: self._scripts.lost(*fence, stamp.state))
         if self.in_process:
             self._release(stamp.slot, "lost")
 
@@ -330,7 +331,7 @@ class Gate:
                 return answer
 
     def _briefly(self, call: Callable[[], Any]) -> bool:
-        """For what only tunes: an ordinary task does not wait for the ledger. Whether it worked."""
+        """For what only tunes. Whether it worked."""
         try:
             call()
         except RedisError as error:

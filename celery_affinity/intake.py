@@ -47,6 +47,11 @@ __all__ = ("Intake", "TagOf", "no_tag", "shard_in")
 
 logger = logging.getLogger(__name__)
 
+#: Why a message is buried that came into another shard than that of its tag.
+ELSEWHERE = (
+    "its tag belongs to another shard: who took it from the broker derived another tag, or none "
+    "(an older version of the app?). Requeue it: then it goes to its shard"
+)
 #: Asks the app for the tag of a message without one; raises TagError.
 TagOf = Callable[[Mapping[str, Any]], object]
 
@@ -56,6 +61,7 @@ class Intake:
 
     Arguments:
         spread: Whether each message without a tag is a tag of its own.
+        shard: Which shard's ledger it is, of so many.
 
     Does not: know of terms; it is given the fence with each pass.
     """
@@ -70,12 +76,16 @@ class Intake:
         lists: Sequence[str],
         tag_of: TagOf,
         spread: bool = False,
+        shard: int = 0,
+        shards: int = 1,
     ) -> None:
         self._scripts = scripts
         self._state = state
         self._lists = list(lists)
         self._tag_of = tag_of
         self._spread = spread
+        self._shard = shard
+        self._shards = shards
         self._full = False
 
     def run(self, fence: str) -> tuple[int, bool]:
@@ -123,11 +133,17 @@ class Intake:
         if not stop:
             return admitted, more
         verdict = self.judge(raw)
+        if verdict[0] == "elsewhere":
+            verdict = ("bury", ELSEWHERE, verdict[2])
         answer = self._scripts.resolve(self._state, fence, self._lists[stop - 1], raw, verdict)
         return (-1, False) if answer == -1 else (admitted + answer, True)
 
     def judge(self, raw: bytes) -> tuple[object, ...]:
-        """What is to be done with a message."""
+        """What is to be done with a message.
+
+        "elsewhere" says that its tag, which only the app knows, is another shard's: the app that
+        carried it here did not know the task, or another tag of it.
+        """
         tag = ""
         try:
             if len(raw) > MAX_MESSAGE_BYTES:
@@ -145,6 +161,8 @@ class Intake:
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"[:1000]
             return ("bury", reason.encode("utf-8", "replace"), tag)
+        if shard_of(tag, self._shards) != self._shard:
+            return ("elsewhere", kept, tag)
         once = str(message["headers"].get(ONCE_HEADER) or "")[:200]
         return ("admit", kept, tag, "" if eta is None else eta, once)
 
@@ -155,7 +173,6 @@ class Intake:
             and stamp.state == self._state
             and int(stamp.entry) <= self._scripts.last_entry(self._state)
         )
-
 
 
 def tag_in(message: Mapping[str, Any], tag_of: TagOf, spread: bool) -> str:

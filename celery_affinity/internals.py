@@ -188,10 +188,11 @@ def settle_own_retries(
     ) -> Any:
         run = current_run()
         if run is not None and _is_for_own_queue(run, options, pending_of):
-            if _is_own_retry(run, message):
+            tag = _tag_of(message, options)
+            if _is_own_retry(run, message) and _is_held(tag):
                 pending = pending_of(run.stamp.state) or ""
                 producer = _RetryCatcher(producer, run, pending, app.conf.task_serializer)
-            elif _has_own_tag(message, options, lambda tag: exclusive(run.stamp.state, tag)):
+            elif tag is not None and _is_held(tag) and exclusive(run.stamp.state, str(tag)):
                 run.own_tag_ids.add(message.headers["id"])
         return publish(producer, name, message, *args, **options)
 
@@ -212,12 +213,19 @@ def _is_own_retry(run: Run, message: Any) -> bool:
     return bool(headers.get("id") == run.task_id and headers.get("retries") == run.retries + 1)
 
 
-def _has_own_tag(message: Any, options: dict[str, Any], exclusive: Callable[[str], bool]) -> bool:
+def _tag_of(message: Any, options: dict[str, Any]) -> object:
+    """The tag that intake will find, or None."""
     places = (options.get("headers") or {}, message.headers, options)
-    tag = next((place[TAG_HEADER] for place in places if place.get(TAG_HEADER) is not None), None)
+    return next((place[TAG_HEADER] for place in places if place.get(TAG_HEADER) is not None), None)
+
+
+def _is_held(tag: object) -> bool:
+    """Whether it is the tag whose lease this process has. A retry may have another one: that is
+    published, to wait for its turn there.
+    """
     lease = current()
     # As the intake reads it: 1 and "1" are one tag.
-    return lease is not None and str(tag) == lease.tag and exclusive(lease.tag)
+    return lease is not None and (tag is None or str(tag) == lease.tag)
 
 
 # Queues

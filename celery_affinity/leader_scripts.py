@@ -43,12 +43,11 @@ class LeaderScripts(ScriptCalls):
         return None if found is None else int(found)
 
     def is_empty(self, state: str) -> bool:
-        """Whether a queue, or a shard of it, has nothing that waits or runs, and no dead letters:
-        they may be requeued. Reads only.
+        """Whether a queue, or a shard of it, has nothing that waits or runs or is being given back
+        by an evacuation, and no dead letters: they may be requeued. Reads only.
         """
-        key = self.keys.queue
-        names = (key(state, "m"), key(state, "dead"), self.keys.inbox(state))
-        return not self.client.exists(*names)
+        names = ("m", "dead", "inbox", "stage", "back", "batch")
+        return not self.client.exists(*(self.keys.queue(state, name) for name in names))
 
     # What the leader does
 
@@ -133,6 +132,10 @@ class LeaderScripts(ScriptCalls):
         """
         done, *unread = self._call("requeue", state, token, *kept, *entries)
         return int(done), [int(entry) for entry in unread]
+
+    def requeue_elsewhere(self, state: str, token: str, entry: int) -> int:
+        """Take out a dead letter whose message was published for another shard; how many."""
+        return int(self._call("requeue", state, token, "elsewhere", "", "", entry)[0])
 
     def purge(self, state: str, token: str, entries: Sequence[int]) -> int:
         """Delete dead letters whose callers know; returns how many."""

@@ -155,7 +155,7 @@ class Node:
                 time.sleep(0.05)
 
     def _watch(self, gate: Gate) -> None:
-        dog = Watchdog(self._ledgers.lifeline, gate.began, self._settings.heartbeat_timeout)
+        dog = Watchdog(self._ledgers.lifelines, gate.began, self._settings.heartbeat_timeout)
         internals.native_thread(dog.run, "affinity-watchdog")
 
     def _make_gate(self, slot: int | None) -> Gate:

@@ -14,12 +14,12 @@ from celery_affinity.delivery import Delivery
 from celery_affinity.keys import Keys
 from celery_affinity.relay import Relay
 from celery_affinity.reporter import Reporter
-from celery_affinity.reporters import Lifelines, Reporters
+from celery_affinity.reporters import Reporters
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.sharded_scripts import ShardedScripts
 from celery_affinity.sharding import incarnations_of
-from celery_affinity.slot_exchange import SlotExchange
+from celery_affinity.slot_exchange import ANSWER_SECONDS, SlotExchange
 from celery_affinity.vacancy import Vacancy
 from celery_affinity.watchdog import Lifeline
 
@@ -84,11 +84,10 @@ class NodeLedgers:
         self.incarnations = incarnations_of(node.incarnation, settings.shards)
         self._shards = range(settings.shards)
         self.exchange = self._make_exchange() if settings.shards > 1 else None
-        lifelines = [Lifeline() for _ in self._shards]
-        self.lifeline = Lifelines(lifelines) if self.exchange else lifelines[0]
+        self.lifelines = {incarnation: Lifeline() for incarnation in self.incarnations}
         reporters = [
-            self._make_reporter(shard, lifelines[shard], looks if not shard else (), pulse)
-            for shard in self._shards
+            self._make_reporter(shard, lifeline, looks if not shard else (), pulse)
+            for shard, lifeline in enumerate(self.lifelines.values())
         ]
         self.reporter = Reporters(dict(zip(self.incarnations, reporters, strict=True)))
         self.relays: list[Relay] = []
@@ -106,10 +105,12 @@ class NodeLedgers:
         found = {f"affinity-heartbeat-{s}": loop for s, loop in enumerate(self.reporter.loops)}
         return {**found, "affinity-slots": self.exchange.run} if self.exchange else found
 
-    def scripts_of(self, shard: int, single_threaded: bool = False) -> Scripts:
+    def scripts_of(
+        self, shard: int, single_threaded: bool = False, socket_timeout: float = 10.0
+    ) -> Scripts:
         """One shard's, over a connection of their own."""
         keys = Keys(self._settings.namespace, shard)
-        client = connect(self._url, keys.prefix)
+        client = connect(self._url, keys.prefix, socket_timeout=socket_timeout)
         return Scripts(client, keys, single_threaded=single_threaded)
 
     def scripts(self, single_threaded: bool = False) -> Scripts:
@@ -132,7 +133,7 @@ class NodeLedgers:
     def _make_exchange(self) -> SlotExchange:
         return SlotExchange(
             self.incarnations,
-            self.scripts_of,
+            partial(self.scripts_of, socket_timeout=ANSWER_SECONDS),
             lambda shard: [part.state for part in self.served(shard)],
             lambda: self._node.slots,
         )

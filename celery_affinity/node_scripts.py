@@ -22,7 +22,8 @@ def _away(slot: int) -> str:
 class Demand(NamedTuple):
     """A shard's tags and a node's slots in it."""
 
-    #: Tags that could have a slot now.
+    #: Tags that could have a slot now: none of a queue that is paused or evacuated, and none for a
+    #: node that takes no more.
     ready: int
     #: Slots of any node that are free for them.
     free: int
@@ -32,6 +33,12 @@ class Demand(NamedTuple):
     idle: frozenset[int]
     leased: frozenset[int]
     away: frozenset[int]
+    #: Those that run an ordinary task.
+    ordinary: frozenset[int] = frozenset()
+    #: The tokens of these tasks; they are the same in all shards, where slots are processes.
+    tokens: frozenset[str] = frozenset()
+    #: For how long the first of the ready tags has waited, in seconds of that server's clock.
+    waited: float = 0.0
 
 
 class NodeScripts(ScriptCalls):
@@ -257,19 +264,34 @@ class NodeScripts(ScriptCalls):
         """
         queue, worker = self.keys.queue, partial(self.keys.worker, incarnation)
         with self.client.pipeline(transaction=True) as pipe:
+            pipe.time()
+            pipe.hget(worker("info"), "state")
             pipe.smembers(worker("idle"))
             pipe.smembers(worker("leased"))
-            pipe.hkeys(worker("busy"))
+            pipe.hgetall(worker("busy"))
             for state in states:
-                pipe.zcard(queue(state, "ring"))
                 pipe.zcard(queue(state, "idle"))
                 pipe.hlen(queue(state, "held"))
-            idle, leased, busy, *counts = pipe.execute()
+                pipe.zcard(queue(state, "ring"))
+                pipe.zrange(queue(state, "ring"), 0, 0, withscores=True)
+                pipe.hmget(queue(state, "conf"), "evac", "paused")
+            (seconds, micros), alive, idle, leased, busy, *found = pipe.execute()
+        runs = [alive == b"active" and not any(stops) for stops in found[4::5]]
+        first = [heads[0][1] for go, heads in zip(runs, found[3::5], strict=True) if go and heads]
+        away = {token[5:] for token in busy if token.startswith(b"away:")}
+        ordinary = {
+            text_of(token): slot
+            for token, slot in busy.items()
+            if not token.startswith(b"away:") and slot != b"-"
+        }
         return Demand(
-            ready=sum(counts[::3]),
-            free=sum(counts[1::3]),
-            held=sum(counts[2::3]),
+            ready=sum(ready for go, ready in zip(runs, found[2::5], strict=True) if go),
+            free=sum(found[0::5]),
+            held=sum(found[1::5]),
             idle=frozenset(map(int, idle)),
             leased=frozenset(map(int, leased)),
-            away=frozenset(int(token[5:]) for token in busy if token.startswith(b"away:")),
+            away=frozenset(map(int, away)),
+            ordinary=frozenset(map(int, ordinary.values())),
+            tokens=frozenset(token for token in ordinary if not token.startswith("slot:")),
+            waited=max(0.0, seconds + micros / 1e6 - min(first) / 1e6) if first else 0.0,
         )

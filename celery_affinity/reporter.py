@@ -104,9 +104,12 @@ class Reporter:
         self._wake()
 
     def reconnected(self) -> None:
-        """After a broker connection was lost: have sent again what had not started."""
+        """After a broker connection was lost: have sent again what had not started.
+
+        A ledger that does not answer is no reason to stop: the next heartbeats do it.
+        """
         self.held.flushed()
-        self._beat(self._scripts, 0)
+        self._tell(lambda: self._beat(self._scripts, 0))
 
     def drain(self, scripts: Scripts | None = None) -> None:
         """Take no more work; give back what has not started. Repeats change nothing."""

@@ -11,9 +11,8 @@ from typing import Any
 from celery_affinity.held import Held
 from celery_affinity.message import Stamp
 from celery_affinity.reporter import Reporter
-from celery_affinity.watchdog import Lifeline
 
-__all__ = ("Lifelines", "Reporters")
+__all__ = ("Reporters",)
 
 
 def _of_stamp(name: str) -> Any:
@@ -139,20 +138,3 @@ class Reporters:
     def _for(self, stamp: Stamp) -> Reporter:
         # A stray message of another node is refused by any.
         return self._of.get(stamp.incarnation, self.all[0])
-
-
-class Lifelines(Lifeline):
-    """Those of all shards: the oldest beat counts, whichever shard it was for.
-
-    Arguments:
-        all: One of each shard.
-    """
-
-    def __init__(self, all: list[Lifeline]) -> None:
-        self._all = all
-
-    @property
-    def times(self) -> tuple[float, float]:
-        """See `Lifeline.times`."""
-        beats, dooms = zip(*(one.times for one in self._all), strict=True)
-        return min(beats), max(dooms)

@@ -155,7 +155,7 @@ class Scheduler:
             now = time.monotonic()
             if now >= rescue_at:
                 left = self._rescuer.run(self._elector.fence)
-                if left < 0 or self._ends_with_its_server():
+                if left < 0 or self._ends_with_its_server() or self._ends_with_its_carrier():
                     break
                 self._witness.look(self._scripts)
                 rescue_at = now + min(max(left, RESCUE_PAUSE_SECONDS), self._rescuer.pause)
@@ -193,6 +193,14 @@ class Scheduler:
         if replaced:
             self._elector.resign()
         return replaced
+
+    def _ends_with_its_carrier(self) -> bool:
+        """Whether a shard has heard of a later term: only a new one can be above it."""
+        refused = self._carrier is not None and self._carrier.was_refused
+        if refused:
+            self._elector.resign()
+            self._stopping.wait(RETRY_SECONDS)
+        return refused
 
     def _pass(self) -> float | None:
         """Let work in. Returns seconds to the next due entry, 0 for at once, None if deposed."""

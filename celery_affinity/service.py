@@ -92,7 +92,7 @@ class SchedulerService:
             scripts,
             queue,
             Elector(scripts, queue.state, candidate_name(self._node), self._settings.leader_ttl),
-            Intake(scripts, queue.state, pending, self._tag_of, queue.untagged == "spread"),
+            self._intake(scripts, queue, pending),
             Rescuer(scripts, queue.state, self._settings.heartbeat_timeout),
             Burials(scripts, queue.state, self._tell_buried),
             doorbells,
@@ -100,6 +100,10 @@ class SchedulerService:
             None if queue.shard else self._carrier(queue),
             partial(self._check_shards, scripts, queue),
         )
+
+    def _intake(self, scripts: Scripts, queue: AffinityQueue, pending: list[str]) -> Intake:
+        spread, place = queue.untagged == "spread", (queue.shard, queue.shards)
+        return Intake(scripts, queue.state, pending, self._tag_of, spread, *place)
 
     def _check_shards(self, scripts: Scripts, queue: AffinityQueue) -> None:
         """Refuse another number of shards than before, unless all of them are empty."""

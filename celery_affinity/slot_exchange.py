@@ -9,15 +9,22 @@ So no slot has leases in two shards, whatever is lost in between
 (test_a_slot_never_has_leases_in_two_shards): what a slot works for is this process' decision, and
 each look compares it with what the ledgers have. The node's death ends it in all of them.
 
-A shard that has tags ready and no free slot gets one that is free elsewhere. So it does if it has
-free ones of other nodes only, which those tags may not take (`move`, a task that only some nodes
-know). If none is free, the shard that has most gives one up after its lease's batch, unless it
-would then have fewer than the other; and a shard without any lease in the whole system always gets
-one, so that none starves, also on nodes with fewer slots than there are shards.
+A shard that has tags ready and no free slot gets one that is free elsewhere (slot_choice.py). So it
+does if it has free ones of other nodes only, which those tags may not take (`move`, a task that
+only some nodes know). If none is free, the shard that has most gives one up after its lease's
+batch, unless it would then have fewer than the other; and a shard without any lease in the whole
+system always gets one, so that none starves, also on nodes with fewer slots than there are shards.
+So does one whose tags have waited for longer, for all nodes with one slot or a long task.
+
+Which lease ends first nobody knows. So each look lends one more slot, until one has come: the
+others stay where they are (test_a_shard_does_not_wait_for_one_long_task_...). A shard whose tags do
+not take the slot that came for them (all of them wait for another node) is left alone for a while.
 
 Crash windows:
 - between lend and get_back: the slot works for nobody until the next look
   (test_a_move_cut_off_half_way_is_finished_by_the_next_look).
+- an ordinary task ends while a further shard does not answer: two looks on it is vacated there
+  (test_a_slot_whose_ordinary_task_ended_unheard_is_vacated).
 - a shard's ledger is away or was restored: the others go on; when it answers, the look finds which
   slots it has wrongly (test_a_ledger_that_forgot_who_has_a_slot_is_told).
 """
@@ -27,6 +34,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 
@@ -35,53 +43,21 @@ from redis.exceptions import RedisError
 from celery_affinity.connection import Reachability
 from celery_affinity.node_scripts import Demand
 from celery_affinity.scripts import Scripts
+from celery_affinity.slot_choice import Standing
 
-__all__ = ("SlotExchange", "choose")
+__all__ = ("ANSWER_SECONDS", "SlotExchange")
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two looks; the time in which a free slot is with the shard that needs it.
 LOOK_SECONDS = 0.2
-
-
-def choose(
-    demands: Mapping[int, Demand],
-    owner: Mapping[int, int],
-    coming: Mapping[int, int],
-    turns: Mapping[int, int],
-) -> tuple[int, int] | None:
-    """The next slot to move and the shard that is to have it, or None.
-
-    Arguments:
-        owner: Slot -> shard, of those that are not on their way.
-        coming: Shard -> slots that are on their way to it.
-        turns: Shard -> when it got a slot last; shards that are equally in need take turns.
-    """
-    has = {shard: sum(one == shard for one in owner.values()) for shard in demands}
-    # A free slot that a ready tag does not take is of no use to it: the tag is on its way to
-    # another node, or waits for one that knows its task. This node's own may be.
-    needy = [
-        shard
-        for shard, demand in demands.items()
-        if demand.ready > coming.get(shard, 0) and not (demand.free and demand.idle)
-    ]
-    for shard in sorted(needy, key=lambda s: (demands[s].held, has[s], turns.get(s, 0))):
-        spare = [
-            slot
-            for slot, at in owner.items()
-            if at != shard and at in demands and not demands[at].ready and slot in demands[at].idle
-        ]
-        if spare:
-            return spare[0], shard
-        others = [at for at in demands if at != shard and has[at]]
-        if not others or coming.get(shard):
-            continue
-        rich = max(others, key=lambda at: has[at])
-        if has[rich] - 1 > has[shard] or (not has[shard] and not demands[shard].held):
-            # A free one, else any: its lease ends with its batch.
-            mine = [slot for slot, at in owner.items() if at == rich]
-            return min(mine, key=lambda slot: slot not in demands[rich].idle), shard
-    return None
+#: Seconds after which a shard counts as one that does not answer, at each try of its client; the
+#: slots of the others stand still as long.
+ANSWER_SECONDS = 1.0
+#: Seconds in which one that hung so is not asked again.
+QUIET_SECONDS = 5.0
+#: Seconds in which a shard whose tags did not take a slot gets no more, unless it has others ready.
+DECLINED_SECONDS = 1.0
 
 
 class SlotExchange:
@@ -109,11 +85,17 @@ class SlotExchange:
         # Nodes begin with different shards, so that small ones do not all serve the same.
         self._offset = random.randrange(len(incarnations))
         self._owner: dict[int, int] = {}
-        #: Slot -> (shard that it leaves, shard that is to have it).
-        self._moving: dict[int, tuple[int, int]] = {}
+        #: Those that leave their shard when their lease ends.
+        self._lent: set[int] = set()
+        #: Shard -> how many tags did not take a slot, and until when that counts (monotonic).
+        self._declined: dict[int, tuple[int, float]] = {}
         self._turns: dict[int, int] = {}
+        #: Shard -> tokens of ordinary tasks that the first one had no more at the last look.
+        self._late: dict[int, frozenset[str]] = {}
         self._numbers = count(1)
         self._stopping = threading.Event()
+        #: Shard that hung -> until when it is not asked (monotonic).
+        self._quiet: dict[int, float] = {}
         self._reachability = [
             Reachability(logger, "slots", f"The Redis of shard {shard}")
             for shard in range(len(incarnations))
@@ -125,9 +107,10 @@ class SlotExchange:
             return [slot for slot in range(self._size()) if self._owner_of(slot) != shard]
 
     def _owner_of(self, slot: int) -> int | None:
-        """The shard that has a slot; None while it moves."""
-        if slot in self._moving:
-            return None
+        """The shard that a slot works for; None while it leaves one."""
+        return None if slot in self._lent else self._shard_of(slot)
+
+    def _shard_of(self, slot: int) -> int:
         return self._owner.setdefault(slot, (slot + self._offset) % len(self._incarnations))
 
     def stop(self) -> None:
@@ -149,31 +132,74 @@ class SlotExchange:
         for shard in range(len(self._incarnations)):
             if (demand := self._ask(shard)) is not None:
                 demands[shard] = demand
-        for slot, (old, new) in list(self._moving.items()):
-            if old in demands and slot in demands[old].away - demands[old].leased:
-                self._arrive(slot, new, demands)
-        while move := self._choose(demands):
+        self._free(demands)
+        done: set[int] = set()
+        begun: set[int] = set()
+        while move := self._standing(demands).next(done, begun):
             slot, new = move
-            with self._lock:
-                old = self._owner[slot]
-                self._moving[slot] = old, new
-                self._turns[old] = self._turns[new] = next(self._numbers)
-            if not self._ask_again(old, demands):
+            done.add(slot)
+            if not self._lend(slot, demands):
                 return
-            if slot not in demands[old].leased:
+            if self._standing(demands).is_over(slot):
                 self._arrive(slot, new, demands)
+            else:
+                begun.add(new)
+        self._call_back(demands)
 
-    def _choose(self, demands: Mapping[int, Demand]) -> tuple[int, int] | None:
+    def _free(self, demands: dict[int, Demand]) -> None:
+        """End ordinary tasks of which a shard was not told, as the first was, that they have."""
+        if 0 not in demands:
+            return
+        running = demands[0].tokens
+        for shard, demand in list(demands.items()):
+            late = demand.tokens - running
+            for token in late & self._late.get(shard, frozenset()):
+                self._vacate(shard, token, demands)
+            self._late[shard] = late
+
+    def _vacate(self, shard: int, token: str, demands: dict[int, Demand]) -> None:
+        try:
+            self._scripts[shard].vacate(self._incarnations[shard], token)
+        except RedisError:
+            return  # the next look does
+        self._ask_again(shard, demands)
+
+    def _standing(self, demands: Mapping[int, Demand]) -> Standing:
+        now = time.monotonic()
+        declined = [
+            shard
+            for shard, (ready, until) in self._declined.items()
+            if now < until and shard in demands and demands[shard].ready == ready
+        ]
         with self._lock:
-            slots = range(self._size())
-            owner = {slot: at for slot in slots if (at := self._owner_of(slot)) is not None}
-            coming: dict[int, int] = {}
-            for _, new in self._moving.values():
-                coming[new] = coming.get(new, 0) + 1
-        return choose(demands, owner, coming, self._turns)
+            owner = {slot: self._shard_of(slot) for slot in range(self._size())}
+            self._lent &= owner.keys()  # the pool may have shrunk
+            return Standing(demands, owner, set(self._lent), dict(self._turns), declined)
+
+    def _lend(self, slot: int, demands: dict[int, Demand]) -> bool:
+        """False without an answer: nothing moves before the next look."""
+        with self._lock:
+            if slot in self._lent:
+                return True
+            self._lent.add(slot)
+            old = self._shard_of(slot)
+        return self._ask_again(old, demands)
+
+    def _call_back(self, demands: dict[int, Demand]) -> None:
+        """Leave slots that no other shard waits for any more where they are."""
+        standing = self._standing(demands)
+        for slot in standing.lent:
+            old = standing.owner[slot]
+            if old in demands and not standing.is_wanted(old):
+                with self._lock:
+                    self._lent.discard(slot)
+                self._ask_again(old, demands)
 
     def _ask(self, shard: int) -> Demand | None:
         """How a shard stands, after it was told which slots it has; None without an answer."""
+        asked = time.monotonic()
+        if asked < self._quiet.get(shard, 0.0):
+            return None
         scripts, incarnation = self._scripts[shard], self._incarnations[shard]
         states = self._served(shard)
         try:
@@ -188,6 +214,8 @@ class SlotExchange:
                 demand = scripts.demand(incarnation, states)
         except RedisError as error:
             self._reachability[shard].unanswered(error)
+            if time.monotonic() - asked >= ANSWER_SECONDS:  # it hangs: the others' slots waited
+                self._quiet[shard] = time.monotonic() + QUIET_SECONDS
             return None
         self._reachability[shard].answered()
         return demand
@@ -203,6 +231,10 @@ class SlotExchange:
 
     def _arrive(self, slot: int, shard: int, demands: dict[int, Demand]) -> None:
         with self._lock:
-            del self._moving[slot]
-            self._owner[slot] = shard
-        self._ask_again(shard, demands)
+            old, self._owner[slot] = self._owner[slot], shard
+            self._lent.discard(slot)
+            self._turns[old] = self._turns[shard] = next(self._numbers)
+        if self._ask_again(shard, demands):
+            found = demands[shard]
+            if found.ready and slot in found.idle:
+                self._declined[shard] = found.ready, time.monotonic() + DECLINED_SECONDS

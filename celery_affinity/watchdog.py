@@ -3,7 +3,8 @@
 A worker's leases last for `heartbeat_timeout` from its last heartbeat. The heartbeat's thread
 writes down, in memory that the pool's processes share, when the last beat that was answered had
 been sent; each process that runs dispatched tasks watches that time from a native thread of its
-own. So the task ends before its lease does when the worker is cut off from Redis, and also when its
+own. (A node that serves several shards beats in each; a task needs the lease of its own one only.)
+So the task ends before its lease does when the worker is cut off from Redis, and also when its
 parent is stopped or hangs while its pool processes run on.
 
 Crash windows: none of its own; a killed process is one more lost process
@@ -21,7 +22,7 @@ import os
 import signal
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 __all__ = ("Lifeline", "Watchdog", "seconds")
 
@@ -67,7 +68,8 @@ class Watchdog:
     """One process' watch over the tasks that it runs.
 
     Arguments:
-        began: When the running dispatched tasks began.
+        lifelines: The worker's, by its name in each shard.
+        began: For each running dispatched task that name, and when it began.
         lease_seconds: How long leases last after a heartbeat; half as long at least after a start
             (start.lua).
         end: Ends the process.
@@ -78,12 +80,12 @@ class Watchdog:
 
     def __init__(
         self,
-        lifeline: Lifeline,
-        began: Callable[[], list[float]],
+        lifelines: Mapping[str, Lifeline],
+        began: Callable[[], list[tuple[str, float]]],
         lease_seconds: float,
         end: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGKILL),
     ) -> None:
-        self._lifeline = lifeline
+        self._lifelines = lifelines
         self._began = began
         self._lease_seconds = lease_seconds
         self._end = end
@@ -96,10 +98,14 @@ class Watchdog:
 
     def look(self) -> None:
         """End the process if a task runs that has no lease, or may have none soon."""
-        began = self._began()
-        if not began:
-            return
-        beat, doom = self._lifeline.times
+        runs: dict[str, list[float]] = {}
+        for incarnation, began in self._began():
+            runs.setdefault(incarnation, []).append(began)
+        for incarnation, times in runs.items():
+            self._look_at(self._lifelines[incarnation], times)
+
+    def _look_at(self, lifeline: Lifeline, began: list[float]) -> None:
+        beat, doom = lifeline.times
         silent = seconds() - max(beat, max(began) - self._lease_seconds / 2)
         if min(began) < doom or silent > self._lease_seconds * self.SHARE:
             logger.critical(

@@ -18,7 +18,8 @@ if not in_term(q, ARGV[2]) then return -1 end
 local limits = pairs_of({unpack(ARGV, 4, own - 1)})
 local shards = redis.call('HGET', queue_key(q, 'conf'), 'shards')
 if shards and limits.shards and shards ~= limits.shards
-  and redis.call('EXISTS', queue_key(q, 'm'), queue_key(q, 'dead'), queue_key(q, 'inbox')) > 0 then return -2 end
+  and redis.call('EXISTS', queue_key(q, 'm'), queue_key(q, 'dead'), queue_key(q, 'inbox'), queue_key(q, 'stage'),
+    queue_key(q, 'back'), queue_key(q, 'batch')) > 0 then return -2 end
 -- Numbers of entries are unique over all shards.
 if (limits.first_entry or '0') ~= '0' then
   redis.call('HSETNX', queue_key(q, 'c'), 'seq', limits.first_entry)

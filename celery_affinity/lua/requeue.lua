@@ -1,7 +1,8 @@
 -- requeue: buried messages become work of their tag again, without the failures they had.
 --
 -- KEYS[1] namespace prefix
--- ARGV    queue, token of this request, a message to admit in place of the buried one ('' as it is),
+-- ARGV    queue, token of this request, a message to admit in place of the buried one ('' as it is;
+--         'elsewhere': it was published for another shard, and is only taken out),
 --         its tag, its due time in ms or '', then entries (one, if a message is given), oldest first
 -- Returns {how many were requeued, then entries whose messages Python must look at: they stay}
 -- They join the end of their tag; one that halts its tag (on_failure) goes back to its place at the
@@ -29,7 +30,11 @@ for k = 6, #ARGV do
     else
       tag, eta = read_message(raw)
     end
-    if not tag then
+    if given == 'elsewhere' then
+      take_out(q, entry)
+      count(q, 'replayed')
+      done[1] = done[1] + 1
+    elseif not tag then
       done[#done + 1] = entry
     else
       take_out(q, entry)

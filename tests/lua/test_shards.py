@@ -224,7 +224,7 @@ def test_a_slot_never_has_leases_in_two_shards(shards: Shards, seed: int) -> Non
         if rng.random() < 0.4:
             exchange.look()
         assert not shards.leased(0) & shards.leased(1), f"after step {step}"
-        assert not (shards.leased(0) | shards.idle(0)) & (shards.leased(1) | shards.idle(1)) or exchange._moving
+        assert not (shards.leased(0) | shards.idle(0)) & (shards.leased(1) | shards.idle(1)) or exchange._lent
     shards.fails = lambda: ""
     for at, copy in running:
         ran.setdefault((at, copy.tag), []).append(copy.id)

@@ -70,6 +70,61 @@ def gate_of(ledger: Ledger, monkeypatch: pytest.MonkeyPatch, slot: int | None = 
     )
 
 
+class OneAway(Ledger):
+    """The node's second shard does not answer."""
+
+    up: list[str]
+
+    def _told(self, incarnation: str) -> bool:
+        if incarnation == "inc-1" and self.away:
+            raise ConnectionError("away")
+        return True
+
+    def process_up(self, incarnation: str, slot: int) -> bool:
+        self.up = [*getattr(self, "up", []), incarnation]
+        return self._told(incarnation)
+
+    def occupy(self, incarnation: str, *arguments: Any) -> bool:
+        return self._told(incarnation)
+
+    def vacate(self, incarnation: str, *arguments: Any) -> bool:
+        return self._told(incarnation)
+
+
+@pytest.fixture
+def one_away(monkeypatch: pytest.MonkeyPatch) -> tuple[OneAway, Gate]:
+    def waits(seconds: float) -> None:
+        raise AssertionError("it waits for the shard that does not answer")
+
+    ledger = OneAway((1, 0.0), (1, 0.0))
+    gate = gate_of(ledger, monkeypatch)
+    gate._incarnations = ["inc", "inc-1"]
+    monkeypatch.setattr(gate_module.time, "sleep", waits)
+    ledger.away = True
+    return ledger, gate
+
+
+def test_a_new_process_does_not_wait_for_a_shard_whose_task_it_does_not_run(
+    one_away: tuple[OneAway, Gate],
+) -> None:
+    ledger, gate = one_away
+    gate.process_up()
+    assert message(gate, 1) == "ran"
+    ledger.away = False
+    ledger.up.clear()
+    request = {TAG_HEADER: "tag", STAMP_HEADER: "2 9 2 inc-1 0 1 1 jobs"}
+    assert gate.around(lambda uuid, args, kwargs, request: "ran")("id", (), {}, request) == "ran"
+    assert ledger.up == ["inc-1"], "that one has to know before anything of it starts"
+
+
+def test_an_ordinary_task_does_not_keep_its_process_for_a_further_shard(
+    one_away: tuple[OneAway, Gate],
+) -> None:
+    _, gate = one_away
+    assert message(gate, None) == "ran"
+    assert message(gate, 1) == "ran"
+
+
 def message(gate: Gate, entry: int | None, epoch: int = 2) -> Any:
     """What a message's tracer answers behind the gate; without an entry, an ordinary one's."""
     request = {TAG_HEADER: "tag"}

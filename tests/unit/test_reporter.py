@@ -71,6 +71,17 @@ def reporting(scripts: FakeScripts, node: dict[str, Any]) -> Iterator[Reporter]:
         thread.join(5)
 
 
+def test_a_broker_that_is_back_while_the_ledger_is_away_stops_no_worker() -> None:
+    """Celery knows errors of its broker only: one of another server ends the worker."""
+    scripts = FakeScripts()
+    with reporting(scripts, {"slots": 2}) as reporter:
+        scripts.away = True
+        reporter.reconnected()
+        scripts.away = False
+        tried = scripts.tried
+        wait_until(lambda: scripts.tried > tried, what="the next heartbeat")
+
+
 def test_a_change_is_told_until_the_ledger_has_it() -> None:
     scripts, node = FakeScripts(), {"slots": 2}
     with reporting(scripts, node) as reporter:

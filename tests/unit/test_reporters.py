@@ -7,7 +7,7 @@ from typing import Any
 
 from celery_affinity.message import Stamp
 from celery_affinity.reporter import Reporter
-from celery_affinity.reporters import Lifelines, Reporters
+from celery_affinity.reporters import Reporters
 from celery_affinity.scripts import Scripts
 from celery_affinity.sharded_scripts import ShardedScripts
 from celery_affinity.watchdog import Lifeline
@@ -62,13 +62,3 @@ def test_a_stray_message_of_another_node_is_refused_and_stops_nobody() -> None:
     for name in ("inc-1", "another"):
         scripts._call("process_up", name, 0)
     assert calls == [("1", "inc-1"), ("0", "another")]
-
-
-def test_a_task_must_end_when_any_shard_has_not_heard_of_its_node_for_long() -> None:
-    lifelines = [Lifeline(), Lifeline()]
-    lifelines[0].answered(100.0)
-    lifelines[1].answered(50.0)
-    both = Lifelines(lifelines)
-    assert both.times == (50.0, 0.0)
-    lifelines[0].given_up()
-    assert both.times[1] > 0

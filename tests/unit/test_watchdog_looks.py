@@ -22,8 +22,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def ended(lifeline: Lifeline, began: float | None) -> bool:
     """Whether a watchdog of leases of 10 s ends a process whose task began then."""
     calls: list[None] = []
-    began_at = [] if began is None else [began]
-    Watchdog(lifeline, lambda: began_at, 10.0, lambda: calls.append(None)).look()
+    began_at = [] if began is None else [("inc", began)]
+    Watchdog({"inc": lifeline}, lambda: began_at, 10.0, lambda: calls.append(None)).look()
     return bool(calls)
 
 
@@ -70,3 +70,21 @@ def test_what_ran_when_its_leases_were_taken_is_ended_and_what_began_later_is_no
     lifeline.answered(clock.now)
     assert ended(lifeline, 1004.0)
     assert not ended(lifeline, 1005.0)
+
+
+def test_a_task_ends_when_its_own_shard_has_not_heard_of_its_node_for_long(clock: Clock) -> None:
+    """What another shard has or has not heard says nothing about its lease."""
+    lifelines = {"inc": Lifeline(), "inc-1": Lifeline()}
+    clock.now += 100
+    lifelines["inc"].answered(clock.now)
+    lifelines["inc-1"].given_up()
+    clock.now += 5
+    lifelines["inc"].answered(clock.now)
+    calls: list[str] = []
+    runs = [("inc", 1050.0)]
+    dog = Watchdog(lifelines, lambda: runs, 10.0, lambda: calls.append(runs[-1][0]))
+    dog.look()
+    assert calls == []
+    runs.append(("inc-1", 1100.0))
+    dog.look()
+    assert calls == ["inc-1"]

@@ -53,6 +53,12 @@ local function read_message(raw)
     or string.find(raw, '"headers"', opens, true) then return nil end
   local tag = tag_text(h.identify_tag)
   if not tag then return nil end
+  -- A number is a tag only if it is written as Python would write it: 5.0 and 5 are one to Lua.
+  if type(h.identify_tag) == 'number' then
+    local written = '"identify_tag": ' .. tag
+    if tag == '-0' or not (string.find(raw, written .. ',', 1, true)
+      or string.find(raw, written .. '}', 1, true)) then return nil end
+  end
   if h.eta == nil or h.eta == cjson.null then return tag end
   local eta = type(h.eta) == 'string' and eta_ms(h.eta)
   if not eta then return nil end

@@ -1,0 +1,24 @@
+"""A task whose retry belongs to another tag."""
+
+from __future__ import annotations
+
+import time
+
+from celery import Task
+
+from acceptance.apps.affinity_app import app, recorded
+from celery_affinity import affinity_task, current
+
+__all__ = ("app",)
+
+
+@affinity_task(queue="jobs", tag_from="tag", bind=True, name="jobs.hop")
+def hop(self: Task, tag: str, seq: int, to: str) -> int:
+    """Become a task of another tag."""
+    lease = current()
+    assert lease is not None
+    if lease.tag != to:
+        raise self.retry(identify_tag=to, countdown=0)
+    with recorded(self, to, seq):
+        time.sleep(0.3)
+    return seq

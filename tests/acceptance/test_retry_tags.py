@@ -1,0 +1,33 @@
+"""A retry may belong to another tag: then it waits for its turn there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from acceptance.support import LEAN, QUICK, Producer, wait_for_nodes
+from harness import Cluster, wait_for_ends, wait_until
+from history import History
+
+pytestmark = pytest.mark.acceptance
+
+
+def test_a_retry_with_another_tag_is_a_task_of_that_tag(
+    cluster: Cluster, history_path: Path
+) -> None:
+    producer = Producer(cluster.broker_url)
+    cluster.worker(
+        "acceptance.apps.hopping", queues="jobs", concurrency=3, environ=QUICK, extra=LEAN
+    )
+    wait_for_nodes(producer.affinity, 1)
+    for seq in range(3):
+        tag = f"from-{seq}"
+        producer.app.send_task(
+            "jobs.hop", (tag, seq, "to"), queue="jobs", headers={"identify_tag": tag}
+        )
+    wait_for_ends(history_path, 3)
+    history = History.load(history_path)
+    history.assert_lawful()  # above all: no two of "to" at once
+    assert [(run.tag, run.retries) for run in history.runs] == [("to", 1)] * 3
+    wait_until(lambda: producer.affinity.stats("jobs").entries == 0, what="nothing is left")
