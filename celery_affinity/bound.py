@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from celery_affinity.delivery import Delivery
 from celery_affinity.exceptions import AmbiguousQueueError, NoSuchWorkerError, UndeclaredQueueError
 from celery_affinity.operator_scripts import OperatorScripts
+from celery_affinity.resharding import refuse_other_shards
 from celery_affinity.settings import AffinityQueue, AffinitySettings
 from celery_affinity.sharding import shard_of
 from celery_affinity.shards import Shards
@@ -60,9 +61,20 @@ class Bound:
             raise UndeclaredQueueError(queue, self.settings.queue_names)
         return found
 
+    def _reachable(self, queue: str) -> AffinityQueue:
+        """The declared queue, whose tags the ledger has in the same shards.
+
+        Raises:
+            UndeclaredQueueError: If it is not declared.
+            ShardsError: If the ledger has them elsewhere: nothing is found there, or reached.
+        """
+        declared = self._declared(queue)
+        refuse_other_shards(declared, self._shards.scripts)
+        return declared
+
     def _part(self, queue: str, tag: str) -> tuple[OperatorScripts, AffinityQueue]:
         """The part of a declared queue that a tag belongs to, and the scripts of its ledger."""
-        declared = self._declared(queue)
+        declared = self._reachable(queue)
         part = declared.parts[shard_of(tag, declared.shards)]
         return self._shards.scripts(part.shard), part
 

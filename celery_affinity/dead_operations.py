@@ -29,7 +29,7 @@ class DeadLetterCalls(Bound):
             after: The last entry of the page before.
             tag: Only those of this tag; "" is for those that have none.
         """
-        return self._ledger.dead_letters(self._declared(queue), limit, after, tag)
+        return self._ledger.dead_letters(self._reachable(queue), limit, after, tag)
 
     def requeue_dead(
         self,
@@ -81,7 +81,7 @@ class DeadLetterCalls(Bound):
     ) -> list[int] | None:
         """The chosen entries, after they were written down."""
         chosen = None if entries is None else list(entries)
-        self._declared(queue)
+        self._reachable(queue)
         if chosen is not None and tag is not None:
             raise ValueError(
                 f"found both entries and a tag ({tag!r}): pass one of them, or neither for all"
@@ -97,7 +97,7 @@ class DeadLetterCalls(Bound):
         self, queue: str, chosen: list[int] | None
     ) -> Iterator[tuple[DeadLetters, list[int] | None]]:
         """Each shard's letters, with those of its own that are chosen; None: all of them."""
-        for part in self._declared(queue).parts:
+        for part in self._reachable(queue).parts:
             if chosen is None:
                 yield self._dead_of(part), None
             elif mine := [entry for entry in chosen if entry // ENTRIES_A_SHARD == part.shard]:

@@ -18,8 +18,10 @@ from redis.exceptions import RedisError, ResponseError
 from celery_affinity.bound import Bound
 from celery_affinity.broker import OutOfSight
 from celery_affinity.connection import connect
+from celery_affinity.exceptions import ShardsError
 from celery_affinity.foreign import consumed_queues
 from celery_affinity.keys import Keys
+from celery_affinity.resharding import refuse_other_shards
 from celery_affinity.scripts import SCHEMA_VERSION
 from celery_affinity.server_checks import MINIMUM_VERSION, refusal_of_cluster
 from celery_affinity.settings import AffinityQueue
@@ -232,6 +234,11 @@ def _queue(bound: Bound, clients: Sequence[Redis], queue: AffinityQueue) -> Iter
             if kind not in (b"list", b"none"):
                 fix = "give the queue a pending_queue_name that nothing else uses"
                 yield Finding(about, "error", f"its key {name!r} is a {kind.decode()}", fix)
+    try:
+        refuse_other_shards(queue, bound._shards.scripts)
+    except ShardsError as error:
+        yield Finding(about, "error", "its shards are others than the ledger's", str(error))
+        return
     leaders = bound._ledger.leaders(queue)
     vacant = [shard for shard, leader in enumerate(leaders) if leader is None]
     if vacant:

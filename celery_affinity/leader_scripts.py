@@ -49,6 +49,17 @@ class LeaderScripts(ScriptCalls):
         names = ("m", "dead", "inbox", "stage", "back", "batch")
         return not self.client.exists(*(self.keys.queue(state, name) for name in names))
 
+    def reshape(self, state: str, goes: bool) -> bool:
+        """Take off an empty queue, or shard of one, what is set of single tags; see reshape.lua.
+
+        Arguments:
+            goes: Whether this shard is no more.
+
+        Returns:
+            False if it is not empty: nothing was changed.
+        """
+        return bool(self._call("reshape", state, "goes" if goes else ""))
+
     # What the leader does
 
     def admit(

@@ -76,7 +76,7 @@ class Looking(Bound):
         Arguments:
             queue: The affinity queue; None if there is only one.
         """
-        declared, text = self.queue_named(queue), tag_text(tag)
+        declared, text = self._reachable(self.queue_named(queue).name), tag_text(tag)
         return self._explainer(declared.parts[shard_of(text, declared.shards)]).tag(text)
 
     def explain_task(self, task_id: str, queue: str | None = None) -> TaskExplanation:
@@ -87,7 +87,8 @@ class Looking(Bound):
         Arguments:
             queue: The affinity queue; None if there is only one.
         """
-        explainers = [self._explainer(part) for part in self.queue_named(queue).parts]
+        declared = self._reachable(self.queue_named(queue).name)
+        explainers = [self._explainer(part) for part in declared.parts]
         for explainer in explainers:
             if (found := explainer.task(task_id)) is not None:
                 return found

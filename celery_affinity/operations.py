@@ -39,7 +39,7 @@ class Operations(Bound):
 
         What runs ends; what has not started goes back to its place. Messages are taken in.
         """
-        declared = self._declared(queue)
+        declared = self._reachable(queue)
         if tag is None:
             write_down(self._scripts, by, "pause", queue)
             for part in declared.parts:
@@ -57,7 +57,7 @@ class Operations(Bound):
         Returns:
             False for a tag that was neither paused nor halted: nothing was changed.
         """
-        declared = self._declared(queue)
+        declared = self._reachable(queue)
         if tag is None:
             write_down(self._scripts, by, "resume", queue)
             if self._scripts.is_evacuated(declared.state):
@@ -192,7 +192,7 @@ class Operations(Bound):
             timeout: Seconds to wait for running tasks; with some left nothing is moved, and a
                 repeat goes on.
         """
-        declared = self._declared(queue)
+        declared = self._reachable(queue)
         write_down(self._scripts, by, "evacuate", queue)
         record = evacuation.evacuate(self._evacuees(declared), timeout)
         if record.done:

@@ -11,11 +11,11 @@ from celery_affinity.carrying import Carrier, Spread
 from celery_affinity.connection import connect
 from celery_affinity.delivery import Delivery
 from celery_affinity.doorbell import Doorbell
-from celery_affinity.exceptions import ShardsError
 from celery_affinity.intake import Intake, TagOf, shard_in
 from celery_affinity.keys import Keys
 from celery_affinity.leadership import Elector, candidate_name
 from celery_affinity.rescuer import Rescuer
+from celery_affinity.resharding import begin_with_shards
 from celery_affinity.scheduler import Scheduler
 from celery_affinity.scripts import Scripts
 from celery_affinity.settings import AffinityQueue, AffinitySettings
@@ -98,21 +98,12 @@ class SchedulerService:
             doorbells,
             pending,
             None if queue.shard else self._carrier(queue),
-            partial(self._check_shards, scripts, queue),
+            (lambda: None) if queue.shard else partial(begin_with_shards, queue, self._scripts),
         )
 
     def _intake(self, scripts: Scripts, queue: AffinityQueue, pending: list[str]) -> Intake:
         spread, place = queue.untagged == "spread", (queue.shard, queue.shards)
         return Intake(scripts, queue.state, pending, self._tag_of, spread, *place)
-
-    def _check_shards(self, scripts: Scripts, queue: AffinityQueue) -> None:
-        """Refuse another number of shards than before, unless all of them are empty."""
-        before = None if queue.shard else scripts.shards(queue.state)
-        if before in (None, queue.shards):
-            return
-        for part in queue.model_copy(update={"shards": max(before, queue.shards)}).parts:
-            if not self._scripts(part.shard).is_empty(part.state):
-                raise ShardsError(queue.name, before, queue.shards)
 
     def _carrier(self, queue: AffinityQueue) -> Carrier | None:
         broker = self._delivery.broker

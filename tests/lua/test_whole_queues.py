@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 from celery_affinity import Affinity, AffinityQueue
 from celery_affinity.embedded import Server
-from celery_affinity.exceptions import OperationError
+from celery_affinity.exceptions import OperationError, ShardsError
 from celery_affinity.keys import Keys
 from celery_affinity.measures import Measures
 from celery_affinity.operator_scripts import OperatorScripts
+from celery_affinity.resharding import begin_with_shards
 from celery_affinity.scripts import Scripts
 from celery_affinity.service import SchedulerService
 from celery_affinity.settings import ENTRIES_A_SHARD
@@ -443,6 +444,96 @@ def test_the_number_of_shards_does_not_change_while_there_are_dead_letters(three
     three.drain_all()
     assert part.scripts.is_empty(part.state)
     assert part.scripts.configure(part.state, part.fence, limits, {}) == 1
+
+
+def of_number(system: System, shards: int) -> AffinityQueue:
+    return AffinityQueue("q", shards=shards, pending_queue_name=system.pending)
+
+
+def another_app(system: System, shards: int) -> Affinity:
+    """One that is set to another number of shards."""
+    app = Celery("others", broker=system.affinity.app.conf.broker_url, set_as_current=False)
+    return Affinity(
+        app, queues=[of_number(system, shards)], namespace=system.affinity.settings.namespace,
+        redis_url=system.affinity.settings.redis_url,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_an_app_of_another_number_of_shards_changes_and_explains_nothing(three: System, shards: int) -> None:
+    """Half of an evacuation, and a pause in the wrong ledger, would pass for done."""
+    three.node()
+    for tag in TAGS:
+        three.send(tag, 1, 2)
+    other = another_app(three, shards)
+    before = [bench.client.hgetall(bench.queue_key("conf")) for bench in three.parts]
+    for command in (
+        lambda: other.pause("q"),
+        lambda: other.resume("q"),
+        lambda: other.evacuate("q", 0.0),
+        lambda: other.pause("q", TAGS[3]),
+        lambda: other.purge("q", TAGS[3]),
+        lambda: other.revoke_tag("q", TAGS[3]),
+        lambda: other.limit("q", TAGS[3], 2),
+        lambda: other.requeue_dead("q"),
+        lambda: other.explain(TAGS[3]),
+        lambda: other.explain_task("some"),
+    ):
+        with pytest.raises(ShardsError, match=f"set to shards={shards}, but the ledger has it over 3"):
+            command()
+    assert [bench.client.hgetall(bench.queue_key("conf")) for bench in three.parts] == before
+    told = [finding for finding in other.doctor() if finding.verdict == "error" and "'q'" in finding.about]
+    assert "Set shards=3 again" in told[0].fix
+
+
+def test_what_was_set_of_tags_and_of_shards_that_are_no_more_goes_with_a_change_of_shards(three: System) -> None:
+    for tag in TAGS:
+        three.affinity.pause("q", tag)
+        three.affinity.limit("q", tag, 3)
+    three.affinity.evacuate("q", 0.0)
+    scripts = {shard: bench.scripts for shard, bench in enumerate(three.parts)}
+    begin_with_shards(of_number(three, 2), scripts.__getitem__)
+    left = {
+        (shard, name)
+        for shard, bench in enumerate(three.parts)
+        for name in ("halted", "hold", "set", "limits", "conf")
+        if bench.client.exists(bench.queue_key(name))
+    }
+    assert left == {(0, "conf"), (1, "conf")}
+    flags = [bench.client.hget(bench.queue_key("conf"), "evac") for bench in three.parts]
+    assert [bool(flag) for flag in flags] == [True, True, False], "`resume` is the operator's"
+    numbers = [bench.client.hget(bench.queue_key("c"), "term") for bench in three.parts]
+    assert all(numbers), "terms only grow"
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_change_of_shards_that_dies_half_way_is_done_by_the_next_leader(three: System, step: int) -> None:
+    for tag in TAGS:
+        three.affinity.pause("q", tag)
+    asked: list[int] = []
+
+    def dying(shard: int) -> OperatorScripts:
+        scripts = three.parts[shard].scripts
+        asked.append(shard)
+        if len(asked) == 4 + step:  # the number, three looks, then one step for each
+            raise Died
+        return scripts  # type: ignore[return-value]
+
+    with pytest.raises(Died):
+        begin_with_shards(of_number(three, 2), dying)
+    begin_with_shards(of_number(three, 2), lambda shard: three.parts[shard].scripts)
+    assert not any(bench.client.exists(bench.queue_key("halted")) for bench in three.parts)
+
+
+def test_a_shard_that_is_not_empty_is_not_begun_with_anew(three: System) -> None:
+    three.node()
+    three.affinity.pause("q", TAGS[3])
+    three.send(TAGS[3], 1)
+    part = three.parts[2]
+    assert not part.scripts.reshape(part.state, goes=True)
+    assert part.client.exists(part.queue_key("halted"))
+    with pytest.raises(ShardsError):
+        begin_with_shards(of_number(three, 2), lambda shard: three.parts[shard].scripts)
 
 
 # Crashes
