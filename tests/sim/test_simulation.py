@@ -23,7 +23,7 @@ PATIENCE = 1000
 #: broker: tests/lua walks with those.
 ELSEWHERE = {
     "bring_home", "carry", "claim_run", "confirm_run", "find", "forget_runs", "give", "limit", "move", "note", "pause", "pause_tag", "purge",
-    "purge_tag", "requeue", "resume_tag", "revoke_tag", "set_aside", "settle_batch", "take",
+    "purge_tag", "requeue", "resume_tag", "reshape", "revoke_tag", "set_aside", "settle_batch", "take",
 }
 
 @pytest.fixture(scope="module")
