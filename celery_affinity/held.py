@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from celery_affinity.message import Stamp
@@ -15,6 +16,15 @@ __all__ = ("Held",)
 UNDER_WAY_SECONDS = 10.0
 
 
+@dataclass(eq=False)
+class _Copy:
+    """One of the messages that a broker delivered of a dispatched one: it may deliver it twice."""
+
+    request: Any
+    #: Whether a process (thread, greenlet) has taken it.
+    accepted: bool = False
+
+
 class Held:
     """What the node's heartbeat reports. Its methods are single steps on a dict, so threads and
     greenlets may call them side by side.
@@ -24,15 +34,13 @@ class Held:
     REFUSED = 1000
 
     def __init__(self) -> None:
-        self._requests: dict[str, tuple[Stamp, Any]] = {}
-        #: One item for each copy of a message that is here: a broker may deliver it twice.
-        self._copies: dict[str, list[None]] = {}
-        self._accepted: set[str] = set()
+        self._stamps: dict[str, Stamp] = {}
+        self._copies: dict[str, list[_Copy]] = {}
         self._refused: dict[tuple[str, str], None] = {}
         #: Entries, with their lease, that the ledger has ended on this node's word.
         self._discarded: dict[tuple[str, str, str], None] = {}
         #: The same of messages that the pool may have thrown away: then they never end.
-        self._flushed: dict[str, list[None]] = {}
+        self._flushed: dict[str, list[_Copy]] = {}
         #: Messages that were given their end while they ran -> whether their process has stopped.
         self._stopping: dict[str, Callable[[], bool]] = {}
         #: Messages on their way over another broker, until when that is believed (monotonic).
@@ -53,30 +61,34 @@ class Held:
     def arrived(self, stamp: Stamp, request: Any) -> None:
         """A message reached the node."""
         self._under_way.pop(stamp.held, None)
-        self._requests.setdefault(stamp.held, (stamp, request))
-        self._copies.setdefault(stamp.held, []).append(None)
+        self._stamps.setdefault(stamp.held, stamp)
+        self._copies.setdefault(stamp.held, []).append(_Copy(request))
 
-    def accepted(self, stamp: Stamp) -> None:
+    def accepted(self, stamp: Stamp, request: Any) -> None:
         """A process (thread, greenlet) has taken it."""
-        self._accepted.add(stamp.held)
+        for copy in self._copies.get(stamp.held, ()):
+            if copy.request is request:
+                copy.accepted = True
 
-    def ended(self, stamp: Stamp) -> None:
-        """It has ended here, in whatever way. While another copy of it is here it stays held."""
+    def ended(self, stamp: Stamp, request: Any) -> None:
+        """It has ended here, in whatever way. While another copy of it is here it stays held. A
+        repeat changes nothing.
+        """
         held = stamp.held
         self._under_way.pop(held, None)
-        live = held in self._requests
-        copies = (self._copies if live else self._flushed).get(held)
-        if copies:
-            copies.pop()
+        for found in (self._copies, self._flushed):
+            copies = found.get(held, [])
+            copy = next((copy for copy in copies if copy.request is request), None)
+            if copy is None:
+                continue
+            copies.remove(copy)
             if copies:
                 return
-        self._accepted.discard(held)
-        if live:
-            self._copies.pop(held, None)
-            if self._requests.pop(held, None):
+            found.pop(held, None)
+            if found is self._copies:
+                self._stamps.pop(held, None)
                 self.on_end(stamp)
-        else:
-            self._flushed.pop(held, None)
+            return
 
     def stopping(self, stamp: Stamp, is_gone: Callable[[], bool]) -> None:
         """It has ended here, but its process may still clean up: its tag must wait for that."""
@@ -108,7 +120,7 @@ class Held:
         """It is of no use here, but another copy of it may run: have one more sent, so that its
         gate decides.
         """
-        self._may_run(stamp.held, [None])
+        self._may_run(stamp.held, [_Copy(None)])
 
     def flushed(self) -> None:
         """The pool has thrown away what no process had taken.
@@ -117,17 +129,18 @@ class Held:
         it is to be sent again if it did not start, but not taken back if it did.
         """
         self._under_way.clear()
-        for held in list(self._requests):
-            copies = self._copies.get(held, [])
-            if held not in self._accepted:
-                self._requests.pop(held, None)
+        for held, copies in list(self._copies.items()):
+            taken = [copy for copy in copies if copy.accepted]
+            if len(taken) == len(copies):
+                continue
+            self._may_run(held, [copy for copy in copies if not copy.accepted])
+            if taken:
+                self._copies[held] = taken
+            else:
                 self._copies.pop(held, None)
-                self._may_run(held, copies)
-            elif len(copies) > 1:
-                self._copies[held] = [copies.pop()]
-                self._may_run(held, copies)
+                self._stamps.pop(held, None)
 
-    def _may_run(self, held: str, copies: list[None]) -> None:
+    def _may_run(self, held: str, copies: list[_Copy]) -> None:
         self._flushed[held] = copies
         if len(self._flushed) > self.REFUSED:
             self._flushed.pop(next(iter(self._flushed)), None)
@@ -143,7 +156,7 @@ class Held:
                 self._under_way.pop(held, None)
         return [
             *list(self._under_way),
-            *self._requests,
+            *list(self._copies),
             *list(self._stopping),
             *(f"{held}:?" for held in list(self._flushed)),
         ]
@@ -151,13 +164,14 @@ class Held:
     def content(self) -> list[tuple[Stamp, Any, bool]]:
         """What is held: stamp, request, and whether a process has taken it."""
         return [
-            (stamp, request, held in self._accepted)
-            for held, (stamp, request) in list(self._requests.items())
+            (stamp, copies[0].request, any(copy.accepted for copy in copies))
+            for held, stamp in list(self._stamps.items())
+            if (copies := list(self._copies.get(held, ())))
         ]
 
     def running_slots(self) -> set[int]:
         """Slots whose process works on something."""
-        return {self._requests[h][0].slot for h in list(self._accepted) if h in self._requests}
+        return {stamp.slot for stamp, _, runs in self.content() if runs}
 
     def copies(self, stamp: Stamp) -> int:
         """How many messages of its entry and lease are here, or may be."""
@@ -171,7 +185,9 @@ class Held:
 
     def other_request(self, task_id: str, request: Any) -> Any:
         """Another live request with the same task id, or None."""
-        for _, other in list(self._requests.values()):
-            if other is not request and other is not None and other.id == task_id:
-                return other
+        for copies in list(self._copies.values()):
+            for copy in list(copies):
+                other = copy.request
+                if other is not None and other is not request and other.id == task_id:
+                    return other
         return None

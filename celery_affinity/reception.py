@@ -74,12 +74,14 @@ class Strategy:
         if self.ends.held.was_discarded(stamp):
             return None
         _as_sent(message)
+        request = None
         try:
-            self._receive(self._request(message), message)
+            request = self._request(message)
+            self._receive(request, message)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"[:1000]
             buried = self.ends.discard(stamp, "bury", reason)
-            self.ends.held.ended(stamp)
+            self.ends.held.ended(stamp, request)
             if not buried:
                 self.ends.held.may_run(stamp)
                 return None

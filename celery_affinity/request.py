@@ -131,11 +131,11 @@ class DispatchedRequest:
 
     def taken(self) -> None:
         """It is in the pipe of a process, which has not said yet that it runs it."""
-        self.affinity_ends.held.accepted(self.affinity_stamp)
+        self.affinity_ends.held.accepted(self.affinity_stamp, self)
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """The pool has taken it."""
-        self.affinity_ends.held.accepted(self.affinity_stamp)
+        self.affinity_ends.held.accepted(self.affinity_stamp, self)
         super().on_accepted(pid, time_accepted)  # type: ignore[misc]
 
     def send_event(self, type: str, **fields: Any) -> None:
@@ -319,7 +319,7 @@ class DispatchedRequest:
         """It has ended here. Celery has forgotten its id then, which another one may have, too: a
         copy, a retry, a repeat. That one must be found when it is to be terminated.
         """
-        self.affinity_ends.held.ended(self.affinity_stamp)
+        self.affinity_ends.held.ended(self.affinity_stamp, self)
         task_id = self.id
         original = self.affinity_ends.held.other_request(task_id, self)
         if original is not None:

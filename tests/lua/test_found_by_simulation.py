@@ -10,6 +10,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from celery_affinity import gate as gate_module
 from celery_affinity.gate import Gate
 from celery_affinity.held import Held
+from celery_affinity.message import Stamp
 from celery_affinity.reporter import Reporter
 from celery_affinity.rescuer import Rescuer
 from celery_affinity.scripts import Scripts
@@ -127,10 +128,10 @@ def test_a_refused_second_copy_does_not_end_the_report_of_the_first(bench: Bench
     held.arrived(copy.stamp, "first")
     held.arrived(copy.stamp, "second")
     assert copy.start() == 1
-    held.ended(copy.stamp)  # the second one, which was refused
+    held.ended(copy.stamp, "second")  # which was refused
     assert [_beat(bench, copy, held, n) for n in range(3)] == [(True, 0, 0)] * 3
     assert (copy.settle(), ends) == ("empty", [])
-    held.ended(copy.stamp)
+    held.ended(copy.stamp, "first")
     assert (held.names(), ends) == ([], [copy.stamp])
 
 
@@ -141,14 +142,27 @@ def test_copies_that_end_after_a_reconnect_do_not_end_the_report_of_the_one_that
     copy, held = node.take(), Held()
     held.arrived(copy.stamp, "first")
     held.arrived(copy.stamp, "second")
-    held.accepted(copy.stamp)
+    held.accepted(copy.stamp, "first")
     assert copy.start() == 1
     held.flushed()
-    held.ended(copy.stamp)
+    held.ended(copy.stamp, "second")
     assert [_beat(bench, copy, held, n) for n in range(3)] == [(True, 0, 0)] * 3
     assert copy.settle() == "empty"
-    held.ended(copy.stamp)
+    held.ended(copy.stamp, "first")
     assert held.names() == []
+
+
+def test_a_copy_behind_one_that_has_ended_is_not_taken_for_running_when_it_is_flushed() -> None:
+    """It was: its slot was held back for ever when its node was given up and registered anew (60033170)."""
+    stamp, held = Stamp("1", "7", "1", "n", 0, 1, 1, "q"), Held()
+    held.arrived(stamp, "runs")
+    held.arrived(stamp, "waits")
+    held.accepted(stamp, "runs")
+    held.ended(stamp, "runs")
+    held.ended(stamp, "runs")  # a time limit, then the end of its process
+    assert (held.names(), held.running_slots()) == ([stamp.held], set())
+    held.flushed()
+    assert (held.names(), held.running_slots()) == ([f"{stamp.held}:?"], set())
 
 
 def test_a_copy_that_comes_again_after_a_reconnect_is_held_until_its_own_end(bench: Bench) -> None:
@@ -158,8 +172,8 @@ def test_a_copy_that_comes_again_after_a_reconnect_is_held_until_its_own_end(ben
     held.arrived(copy.stamp, "thrown away by the pool")
     held.flushed()
     held.arrived(copy.stamp, "again")
-    held.accepted(copy.stamp)
-    held.ended(copy.stamp)
+    held.accepted(copy.stamp, "again")
+    held.ended(copy.stamp, "again")
     assert (ends, held.running_slots()) == ([copy.stamp], set())
     assert held.names() == [f"{copy.stamp.held}:?"]
 

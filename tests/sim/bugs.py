@@ -70,7 +70,7 @@ class UncountedHeld(Held):
 
     def arrived(self, stamp: Stamp, request: Any) -> None:
         super().arrived(stamp, request)
-        self._copies[stamp.held] = [None]
+        self._copies[stamp.held] = self._copies[stamp.held][-1:]
 
 
 class LonelyHeld(Held):

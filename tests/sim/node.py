@@ -196,7 +196,7 @@ class Node(Group):
         # What is revoked too late goes on: its gate knows whether it has run.
         discarded = bool(verdict) and self.reporter.discard(stamp, verdict, reason)
         if discarded or verdict == "bury":
-            self.reporter.held.ended(stamp)
+            self.reporter.held.ended(stamp, job)
             if not discarded:
                 self.reporter.held.may_run(stamp)
         else:
@@ -221,7 +221,7 @@ class Node(Group):
     def _on_accepted(self, job: Job) -> None:
         job.accepted = True
         if job.stamp:
-            self.reporter.held.accepted(job.stamp)
+            self.reporter.held.accepted(job.stamp, job)
 
     def _on_done(self, job: Job, answer: Any) -> None:
         if job.stamp is None or job.ended:
@@ -233,7 +233,7 @@ class Node(Group):
     def _end(self, job: Job) -> None:
         job.ended = True
         assert job.stamp is not None
-        self.reporter.held.ended(job.stamp)
+        self.reporter.held.ended(job.stamp, job)
 
     def _on_limit(self, proc: Process) -> None:
         """The time limit of what a process runs is over."""

@@ -40,12 +40,13 @@ def reporters() -> tuple[Reporters, list[Ledger]]:
 def test_each_message_is_reported_to_its_own_shard() -> None:
     made, ledgers = reporters()
     made.discard(stamp("inc-1"), "bury")
-    made.held.arrived(stamp("inc-1"), SimpleNamespace(id="task"))
+    request = SimpleNamespace(id="task")
+    made.held.arrived(stamp("inc-1"), request)
     assert [ledger.told for ledger in ledgers] == [[], ["inc-1"]]
     assert [reporter.held.names() for reporter in made.all] == [[], ["0:1:7:1"]]
     assert made.held.names() == ["0:1:7:1"]
     assert made.held.other_request("task", None) is not None
-    made.held.ended(stamp("inc-1"))
+    made.held.ended(stamp("inc-1"), request)
     assert made.held.names() == []
 
 

@@ -48,7 +48,7 @@ class EndsWhileLookedAt(Held):
 
     def running_slots(self) -> set[int]:
         found = super().running_slots()
-        self.ended(STAMP)
+        self.ended(STAMP, None)
         return found
 
 
@@ -57,7 +57,7 @@ def reporter_of(ledger: Ledger, held: Held) -> Reporter:
     held.on_end = reporter.held.on_end
     reporter.held = held
     held.arrived(STAMP, None)
-    held.accepted(STAMP)
+    held.accepted(STAMP, None)
     return reporter
 
 
@@ -72,7 +72,7 @@ def test_a_slot_that_was_busy_when_its_node_registered_anew_is_vacated(when: str
     wait_until(lambda: ledger.busy, what="the registration")
 
     if when == "later":
-        held.ended(STAMP)
+        held.ended(STAMP, None)
 
     wait_until(lambda: ledger.vacated, 5, "its slot to be vacated")
     reporter._stopping = True
