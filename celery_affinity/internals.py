@@ -12,7 +12,8 @@ Each touch, the probe that meets a Celery that differs, and what happens then:
 - `amqp.queues._consume_from` says what a worker consumes: `selected_queues`; no start.
 
 (Celery's classes are built on, not touched: the prefork pool in slot_pool.py and resizing.py,
-`Task.Request`, `create_request_cls` and the consumer's strategies in request.py.)
+`Task.Request`, `create_request_cls` and the consumer's strategies in request.py. What a consumer
+does with each message: unreadable.py, no_acks.py.)
 Checked on celery 5.7.0 (kombu 5.7.0, billiard 4.3.2, redis-py 8.1.0) and on the floor, celery 5.4.0
 (kombu 5.4.2, redis-py 5.3.1).
 """

@@ -33,10 +33,14 @@ class Namesake:
         self._suspects: dict[str, bytes | None] = {}
 
     def before_registration(self, scripts: Scripts) -> None:
-        """Look for workers of this name."""
+        """Look for workers of this name.
+
+        It may be there itself already: a registration whose answer was lost is made again.
+        """
         client: Any = scripts.client
         workers = [inc.decode() for inc in client.zrange(scripts.keys.workers, 0, -1)]
-        self._suspects = self._active(scripts, workers)
+        others = [incarnation for incarnation in workers if incarnation != self._incarnation]
+        self._suspects = self._active(scripts, others)
 
     def look(self, scripts: Scripts) -> None:
         """Whether a suspect has beaten since. Costs nothing once they have gone."""

@@ -88,6 +88,7 @@ class Node:
         )
         self.reporter = self._ledgers.reporter
         internals.call_before_cold_stop(worker, self.reporter.request_drain)
+        self._registered = False
         self._started = False
         self._slots = 0
         self._gate: tuple[int, Gate] | None = None
@@ -270,16 +271,18 @@ class Node:
 
         A node that died between the two in the other order left its queue's binding for ever
         (test_a_worker_that_dies_while_it_starts_leaves_nothing).
+        Called for each worker queue, and again after each reconnect.
         """
         scripts, elsewhere = self._ledgers.scripts_of(0), self._delivery.broker is not None
         try:
-            if not self._started:
+            if not self._registered:
                 for shard in range(self._settings.shards):
                     client = self._ledgers.scripts_of(shard).client
                     check_server(client, logger)
                     check_failover(client, self._settings.heartbeat_timeout)
                 self._namesake.before_registration(scripts)
             self.reporter.register()
+            self._registered = True
             if elsewhere:
                 self._note_abroad(scripts)
         except RedisError as error:

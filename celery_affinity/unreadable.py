@@ -14,12 +14,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from celery.exceptions import InvalidTaskError
 
 from celery_affinity.held import Held
 from celery_affinity.message import STAMP_HEADER, Stamp
+from celery_affinity.no_acks import settle_nothing
 
 __all__ = ("check_limits", "survive_unreadable")
 
@@ -36,12 +38,17 @@ class Buries(Protocol):
 
 
 def survive_unreadable(consumer: Any, ends: Buries) -> None:
-    """Bury or reject what this consumer cannot read. Call it before its loop starts."""
+    """Bury or reject what this consumer cannot read. Call it before its loop starts.
+
+    Both ways by which a message comes lead through here, so here it is seen how it was consumed.
+    """
     _tolerate_bodies(consumer.task_consumer.channel)
     stock_decode_error = consumer.task_consumer.on_decode_error
-    stock_handler: Callable[[], Callable[[Any], Any]] = consumer.create_task_handler
+    # Not the consumer's own one: after a reconnect that is the one below.
+    stock_handler = partial(type(consumer).create_task_handler, consumer)
 
     def on_decode_error(message: Any, error: Exception) -> None:
+        settle_nothing(message)
         if not _bury(ends, message, error):
             stock_decode_error(message, error)
 
@@ -49,6 +56,7 @@ def survive_unreadable(consumer: Any, ends: Buries) -> None:
         receive = stock_handler(*args, **options)
 
         def on_task_received(message: Any) -> Any:
+            settle_nothing(message)
             try:
                 if isinstance(message.headers, dict):
                     check_limits(message.headers)

@@ -11,11 +11,13 @@ import time
 from base64 import b64decode
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery import Celery
 from kombu import Connection, Queue
 
+from acceptance.apps.affinity_app import release_held
 from acceptance.support import (
     APP,
     HEARTBEAT_TIMEOUT_SECONDS,
@@ -30,7 +32,7 @@ from acceptance.support import (
     starts_are,
     wait_for_nodes,
 )
-from brokers import QUORUM, RABBIT
+from brokers import CLASSIC, QUORUM, RABBIT
 from celery_affinity.amqp_broker import AmqpBroker
 from celery_affinity.embedded import Server
 from harness import Cluster, wait_for_ends, wait_until
@@ -267,6 +269,45 @@ def test_a_worker_that_was_given_up_comes_back_with_its_queue(
     assert history.reruns() <= 2
     producer.send_each(TAGS, 2)
     finished(history_path, ENDS_SECONDS)
+
+
+#: What Celery rejects in three places of its own, put into a worker queue without a stamp.
+STRAYS: list[dict[str, Any]] = [
+    {"body": [[], {}, {}], "headers": {"id": "a", "task": "jobs.nobody"}},
+    {"body": "no task"},
+    {"body": b"{", "content_type": "application/json", "content_encoding": "utf-8"},
+]
+
+
+@pytest.mark.parametrize("broker", [CLASSIC], indirect=True)
+def test_what_a_worker_makes_nothing_of_costs_it_no_connection(
+    cluster: Cluster, rabbit: RabbitServer, history_path: Path, producer: Producer
+) -> None:
+    """A lost connection would give back the ordinary task, which is acked late, to run again."""
+    worker = cluster.worker(
+        APP, queues="jobs,ordinary", concurrency=3, environ={**QUICK, **WORKER_ONLY}, extra=LEAN
+    )
+    cluster.beat(APP, environ=QUICK)
+    wait_for_nodes(producer.affinity, 1)
+    producer.send("ordinary", task="plain_hold")
+    wait_until(starts_are(history_path, 1), what="its start")
+
+    producer.app.send_task("jobs.nobody", queue="jobs", headers={"identify_tag": "odd"})
+    wait_until(lambda: producer.affinity.dead_letters("jobs"), what="the burial")
+    (name,) = worker_queues(rabbit, cluster.broker_url)
+    with Connection(cluster.broker_url) as connection:
+        for stray in STRAYS:
+            connection.Producer().publish(routing_key=name, **stray)
+    producer.send_each(TAGS, 2)  # behind them, on the same channel
+    wait_for_ends(history_path, producer.sent - 1, ENDS_SECONDS)
+    release_held()
+
+    exactly_once(history_path, producer.sent)
+    said = worker.log_text()
+    assert said.count("jobs.nobody") >= 2 and "Can't decode message body" in said
+    assert "onnection to broker lost" not in said and "PRECONDITION_FAILED" not in said
+    assert "lost on the way" not in said
+    assert [dead.reason for dead in producer.affinity.dead_letters("jobs")] == ["unknown task jobs.nobody"]
 
 
 @pytest.mark.parametrize("how", ["term", "kill9"])

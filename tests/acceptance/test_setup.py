@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
+from acceptance.domains import Domain
 from acceptance.support import (
     APP,
     LEAN,
@@ -207,8 +208,23 @@ def test_a_worker_that_comes_back_after_a_kill_meets_no_namesake(
     assert "cmdstat_mget" not in redis.info("commandstats")
 
 
-def beats(redis: Redis, producer: Producer, but: str = "") -> int:
+def test_a_worker_of_two_affinity_queues_is_no_namesake_of_itself(
+    cluster: Cluster, history_path: Path, redis: Redis
+) -> None:
+    shop = Domain(cluster)
+    worker = shop.worker(queues=[shop.invoices, shop.reports])
+    wait_for_nodes(shop.affinity, 1)
+    wait_until(lambda: beats(redis, shop, namespace=shop.name) >= 4, 60, "some beats")
+    for queue in (shop.invoices, shop.reports):
+        shop.send(queue, "a")
+    wait_for_ends(history_path, 2)
+    assert "Another running worker" not in worker.log_text()
+
+
+def beats(
+    redis: Redis, system: Producer | Domain, but: str = "", namespace: str = "default"
+) -> int:
     """How often a worker has reported; there is one, except `but`."""
-    (worker,) = [w.worker_id for w in producer.affinity.workers() if w.worker_id != but]
-    beat = redis.hget(f"{{affinity:default}}:w:{worker}:info", "beat") or b"0.0"
+    (worker,) = [w.worker_id for w in system.affinity.workers() if w.worker_id != but]
+    beat = redis.hget(f"{{affinity:{namespace}}}:w:{worker}:info", "beat") or b"0.0"
     return int(beat.split(b".")[1])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from celery import Celery
 from celery.worker.consumer import Consumer
+from kombu import Message
 
 from celery_affinity import bootstep, internals
+from celery_affinity.unreadable import survive_unreadable
 
 
 class Broken:
@@ -48,6 +51,25 @@ def test_a_lost_connection_that_cannot_be_closed_does_not_end_the_worker(
         if broken.connection is not None:  # Celery before 5.7 leaves it to its next start
             connection.close()
     assert "could not be closed" in caplog.text and "hostname" in caplog.text
+
+
+def test_a_worker_reads_messages_after_any_number_of_reconnects() -> None:
+    """Each start of its consumer puts the library's handler before Celery's, not before the last one."""
+
+    class Reading:
+        connection_errors = (ConnectionError,)
+        task_consumer = SimpleNamespace(channel=None, on_decode_error=None)
+        got: ClassVar[list[Any]] = []
+
+        def create_task_handler(self) -> Any:
+            return self.got.append
+
+    made: Any = Reading()
+    for _ in range(2 * sys.getrecursionlimit()):
+        survive_unreadable(made, SimpleNamespace())  # type: ignore[arg-type]
+    message = Message(channel=SimpleNamespace())
+    made.create_task_handler()(message)
+    assert made.got == [message]
 
 
 def test_a_consumer_without_a_connection_reconnects_as_ever() -> None:

@@ -41,7 +41,9 @@ def make_app(broker_url: str | None = None, **settings: Any) -> tuple[Celery, Af
         app.conf.broker_transport_options = {"master_name": master}
     if queue_type := os.environ.get(QUEUE_TYPE_VARIABLE):
         app.conf.update(task_default_queue_type=queue_type, task_create_missing_queue_type=queue_type)
-    app.task(plain_work, name="jobs.plain_work", bind=True)  # goes to the default queue
+    # These go to the default queue.
+    app.task(plain_work, name="jobs.plain_work", bind=True)
+    app.task(plain_hold, name="jobs.plain_hold", bind=True, acks_late=True)
     queue = {
         "max_batch_size": int(os.environ.get("BATCH", "10")),
         **json.loads(os.environ.get("AFFINITY_TEST_QUEUE", "{}")),
@@ -84,15 +86,20 @@ def work(self: Task, tag: str, seq: int, ms: float = 0) -> int:
 
 
 def release_held() -> None:
-    """Let all tasks `hold` of this history end, those that come later too."""
-    Path(os.environ[HISTORY_VARIABLE] + ".go").touch()
+    """Let all tasks that hold end in this history, those that come later too."""
+    held_go().touch()
+
+
+def held_go() -> Path:
+    """The file whose being there is the release."""
+    return Path(os.environ[HISTORY_VARIABLE] + ".go")
 
 
 @affinity_task(queue="jobs", tag_from="tag", bind=True, name="jobs.hold")
 def hold(self: Task, tag: str, seq: int, ms: float = 0) -> int:
     """Run until `release_held`."""
     with recorded(self, tag, seq):
-        wait_until(Path(os.environ[HISTORY_VARIABLE] + ".go").exists, 90, "the release")
+        wait_until(held_go().exists, 90, "the release")
     return seq
 
 
@@ -128,6 +135,13 @@ def plain_work(self: Task, tag: str, seq: int, ms: float = 0) -> int:
     """An ordinary task of an ordinary queue."""
     with recorded(self, tag, seq):
         time.sleep(ms / 1000)
+    return seq
+
+
+def plain_hold(self: Task, tag: str, seq: int, ms: float = 0) -> int:
+    """An ordinary task that is not acked before it ends: run until `release_held`."""
+    with recorded(self, tag, seq):
+        wait_until(held_go().exists, 90, "the release")
     return seq
 
 
