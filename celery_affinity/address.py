@@ -163,8 +163,10 @@ def _unreadable() -> str:
     return (
         "the URL of the ledger's Redis cannot be taken apart (redis_url, else broker_url). "
         "Expected redis://[user:password@]host:port/db, and percent-encoding of what is special in "
-        "a password (urllib.parse.quote(password, safe='')); of several sentinels all have the "
-        "same database"
+        "a password (urllib.parse.quote(password, safe='')); of several sentinels or nodes of a "
+        "cluster each with its own scheme, separated by ';', all of one database: "
+        "sentinel://host:port;sentinel://host2:port/db, "
+        "redis+cluster://host:port;redis+cluster://host2:port"
     )
 
 

@@ -147,6 +147,15 @@ class Affinity(Looking, Operations, DeadLetterCalls):
 
     # Scheduling, in beat and in workers of role "both"
 
+    def check_scheduling(self) -> None:
+        """What cannot work stops the start here, with its text.
+
+        Raises:
+            ConfigurationError: If the settings, or the servers that they name, cannot be used.
+        """
+        check_metrics_port(self.settings)
+        _ = self.delivery
+
     def start_scheduling(self, node: str) -> None:
         """Campaign for all affinity queues, in threads of this process."""
         if self._service is None:
@@ -224,7 +233,7 @@ class Affinity(Looking, Operations, DeadLetterCalls):
         ]
         if self.settings.role == "scheduler":
             self._consume_no_pending_queue(selected)
-            _ = self.redis_url  # one that cannot be used stops the start here
+            self.check_scheduling()
             return None
         if not serves:
             logger.info(

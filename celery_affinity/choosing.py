@@ -8,12 +8,14 @@ from functools import partial
 from typing import Any
 
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
 from celery_affinity import address
 from celery_affinity.amqp_broker import AmqpBroker
 from celery_affinity.broker import Broker
-from celery_affinity.connection import connect, same_database
+from celery_affinity.connection import connect, place, same_database
 from celery_affinity.delivery import CarriedDelivery, Delivery, SameRedisDelivery
 from celery_affinity.exceptions import ConfigurationError
 from celery_affinity.keys import Keys
@@ -21,7 +23,7 @@ from celery_affinity.redis_broker import RedisBroker
 from celery_affinity.settings import AffinitySettings
 from celery_affinity.topology import RedisNames
 
-__all__ = ("choose_delivery", "ledger_url")
+__all__ = ("broker_kind", "choose_delivery", "ledger_url")
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ def ledger_url(app: Any, settings: AffinitySettings) -> str:
         ConfigurationError: If there is none, or the broker has no place for worker queues.
     """
     _refuse_cluster(app)
-    kind = _kind(app)
+    kind = broker_kind(app)
     if kind not in ("redis", "amqp"):
         raise ConfigurationError(
             f"the broker is {kind!r}, which has no place for the queue of each worker; expected "
@@ -53,15 +55,20 @@ def ledger_url(app: Any, settings: AffinitySettings) -> str:
 def choose_delivery(app: Any, settings: AffinitySettings) -> Delivery:
     """How messages get into the ledger and out of it.
 
-    Asks both servers who they are if broker and ledger are Redis under two names.
+    Asks a Redis as the broker whether it is a node of a cluster; and both servers who they are if
+    broker and ledger are Redis under two names.
+
+    Raises:
+        ConfigurationError: If the broker is such a node, or as `ledger_url` does.
     """
     url = ledger_url(app, settings)
-    kind = _kind(app)
+    kind = broker_kind(app)
     keys = Keys(settings.namespace)
     names = RedisNames.from_transport_options(app.conf.broker_transport_options or {})
     broker: Broker
     if kind == "redis":
         brokers = _redis_broker_url(app)
+        _refuse_node(brokers)
         # Into which of several shards a message belongs a carrier has to say.
         if settings.shards == 1 and _is_same(brokers, url, keys.prefix):
             return SameRedisDelivery(names)
@@ -85,7 +92,31 @@ def _refuse_cluster(app: Any) -> None:
         )
 
 
-def _kind(app: Any) -> str:
+def _refuse_node(broker: str) -> None:
+    """Refuse a node of a cluster that has a plain URL.
+
+    It has to be asked before Celery connects: what it answers to Celery's own commands is an error
+    of its channel, for which a worker connects anew without end.
+    """
+    client = _client(broker)
+    client.set_retry(Retry(NoBackoff(), 1))
+    try:
+        if not int(client.info("cluster").get("cluster_enabled", 0)):
+            return
+        node = place(client)
+    except RedisError:
+        return  # away, and waited for as ever; or it does not tell
+    finally:
+        client.connection_pool.disconnect()
+    raise ConfigurationError(
+        f"the broker's Redis ({node}) is a node of a Redis Cluster, which Celery cannot use. Let "
+        "the cluster have the ledger, by redis_url='redis+cluster://...', and set broker_url to "
+        "RabbitMQ or another Redis"
+    )
+
+
+def broker_kind(app: Any) -> str:
+    """What kombu calls the kind of broker: "redis", "amqp". Does no I/O."""
     return str(app.connection_for_write().transport.driver_type or "unknown")
 
 

@@ -15,8 +15,8 @@ from redis.connection import (
     UnixDomainSocketConnection,
     parse_url,
 )
+from redis.exceptions import AskError, ReadOnlyError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ReadOnlyError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 from redis.sentinel import (
@@ -29,7 +29,7 @@ from celery_affinity.address import Address
 from celery_affinity.cluster import Owner, ToOwner
 from celery_affinity.exceptions import ConfigurationError
 
-__all__ = ("Reachability", "connect", "is_by_cluster", "same_database", "server_clock")
+__all__ = ("Reachability", "connect", "is_by_cluster", "place", "same_database", "server_clock")
 
 #: Seconds in which a server has to take a connection.
 CONNECT_SECONDS = 5.0
@@ -44,12 +44,21 @@ class _Reconnecting:
 
     redis-py does so itself only with sentinels; and what a script meets on Redis 6.2 is an error
     of another kind with the same text in it.
+
+    And one that sends us to another node is named: redis-py's text is a slot and an address.
     """
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().read_response(*args, **kwargs)  # type: ignore[misc]
         except ResponseError as error:
+            # MOVED is a kind of ASK to redis-py.
+            if isinstance(error, AskError):
+                raise ResponseError(
+                    f"{_place(self)} is a node of a Redis Cluster, and another one has this key "
+                    f"({error}). If it is the ledger's, set redis_url='redis+cluster://...'; the "
+                    "broker has to be RabbitMQ or another Redis"
+                ) from None
             if not isinstance(error, ReadOnlyError) and "-READONLY " not in str(error):
                 raise
             self.disconnect()  # type: ignore[attr-defined]
@@ -173,6 +182,23 @@ def server_clock(client: Redis, key: str) -> tuple[str, float]:
         pipe.time()
         _, info, (seconds, micros) = pipe.execute()
     return str(info["run_id"]), seconds + micros / 1e6
+
+
+def place(client: Redis) -> str:
+    """Which server a client asks now: host and port, or a socket's path. Connects if need be.
+
+    Raises:
+        redis.RedisError: If that is not possible.
+    """
+    connection = client.connection_pool.get_connection()
+    try:
+        return _place(connection)
+    finally:
+        client.connection_pool.release(connection)
+
+
+def _place(connection: Any) -> str:
+    return getattr(connection, "path", "") or f"{connection.host}:{connection.port}"
 
 
 def is_by_cluster(client: Redis) -> bool:

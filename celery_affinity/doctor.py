@@ -17,13 +17,18 @@ from redis.exceptions import RedisError, ResponseError
 
 from celery_affinity.bound import Bound
 from celery_affinity.broker import OutOfSight
+from celery_affinity.choosing import broker_kind
 from celery_affinity.connection import connect
-from celery_affinity.exceptions import ShardsError
+from celery_affinity.exceptions import ConfigurationError, ShardsError
 from celery_affinity.foreign import consumed_queues
 from celery_affinity.keys import Keys
 from celery_affinity.resharding import refuse_other_shards
 from celery_affinity.scripts import SCHEMA_VERSION
-from celery_affinity.server_checks import MINIMUM_VERSION, refusal_of_cluster
+from celery_affinity.server_checks import (
+    MINIMUM_VERSION,
+    refusal_of_cluster,
+    too_short_a_timeout,
+)
 from celery_affinity.settings import AffinityQueue
 from celery_affinity.types import Finding
 
@@ -54,8 +59,12 @@ def examine(bound: Bound) -> list[Finding]:
             found = "a node of a cluster, used as if it were alone"
             return [*findings, Finding("Redis", "error", found, refused)]
         servers.setdefault(info["run_id"], _Server(client, info, [])).shards.append(shard)
+    try:
+        _ = bound.delivery
+    except ConfigurationError as error:
+        return [*findings, Finding("broker", "error", "Celery cannot use it", str(error))]
     examinations: list[Callable[[], Iterable[Finding]]] = [
-        lambda: _servers(list(servers.values())),
+        lambda: _servers(list(servers.values()), bound.settings.heartbeat_timeout),
         lambda: _ledgers(clients, keys),
         lambda: _settings(bound),
         lambda: _workers(bound),
@@ -81,10 +90,12 @@ def _versions() -> Finding:
     return Finding("versions", "ok", ", ".join(f"{name} {version(name)}" for name in names))
 
 
-def _servers(servers: Sequence[_Server]) -> Iterator[Finding]:
+def _servers(servers: Sequence[_Server], heartbeat_timeout: float) -> Iterator[Finding]:
     for client, info, shards in servers:
         of = "" if len(servers) == 1 else f" ({_shards(shards)})"
-        for finding in (*_server(client, info), *_clock(client)):
+        short = too_short_a_timeout(client, heartbeat_timeout)
+        failover = [Finding("heartbeat_timeout", "error", *short)] if short else []
+        for finding in (*_server(client, info), *_clock(client), *failover):
             yield replace(finding, about=finding.about + of)
 
 
@@ -150,6 +161,11 @@ def _settings(bound: Bound) -> Iterator[Finding]:
     if str(conf.broker_url).startswith("rediss") and not _says_tls(conf):
         fix = 'broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_ca_certs": "<file>"}'
         yield Finding("broker TLS", "warning", "Celery does not check its certificate", fix)
+    options = conf.broker_transport_options or {}
+    if broker_kind(bound.app) == "amqp" and not options.get("confirm_publish"):
+        text = "publishes are not confirmed: RabbitMQ may lose a task whose publish has returned"
+        fix = 'broker_transport_options = {"confirm_publish": True}, in producers too'
+        yield Finding("broker confirms", "warning", text, fix)
     names = {name for queue in bound.settings.queues for name in (queue.name, queue.pending)}
     if (default := str(conf.task_default_queue)) in names:
         fix = "give task_default_queue another name: plain tasks would be sent there, without a tag"

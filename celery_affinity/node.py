@@ -13,10 +13,12 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
+from celery.platforms import EX_FAILURE
 from redis.exceptions import RedisError
 
 from celery_affinity import internals, slot_pool
 from celery_affinity.delivery import Delivery
+from celery_affinity.exceptions import ConfigurationError
 from celery_affinity.gate import Gate
 from celery_affinity.namesake import Namesake
 from celery_affinity.node_info import slots_of
@@ -285,6 +287,10 @@ class Node:
             self._registered = True
             if elsewhere:
                 self._note_abroad(scripts)
+        except ConfigurationError as error:
+            # Celery would log it as unrecoverable, with a traceback.
+            logger.error("Not serving: %s", error, extra={"action": "refused"})
+            raise SystemExit(EX_FAILURE) from error
         except RedisError as error:
             if not elsewhere:
                 raise  # the broker's own error, which Celery knows

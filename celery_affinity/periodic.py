@@ -85,6 +85,8 @@ class AffinityBeat:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Celery makes one first only to show it: there a refusal is a text, later a traceback.
+        self._affinity.check_scheduling()
         if getattr(self, "lock_key", None):
             self.lock_key = None
 

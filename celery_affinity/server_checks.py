@@ -10,10 +10,16 @@ from redis import Redis
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 from redis.sentinel import SentinelConnectionPool
 
-from celery_affinity.connection import is_by_cluster
+from celery_affinity.connection import is_by_cluster, place
 from celery_affinity.exceptions import ConfigurationError
 
-__all__ = ("MINIMUM_VERSION", "check_failover", "check_server", "refusal_of_cluster")
+__all__ = (
+    "MINIMUM_VERSION",
+    "check_failover",
+    "check_server",
+    "refusal_of_cluster",
+    "too_short_a_timeout",
+)
 
 #: Oldest Redis whose command set the scripts keep to (BLMOVE).
 MINIMUM_VERSION = (6, 2)
@@ -50,7 +56,7 @@ def check_server(client: Redis, logger: logging.Logger) -> None:
         ) from None
     if refused := refusal_of_cluster(client, info):
         raise ConfigurationError(refused)
-    url = str(client.connection_pool.connection_kwargs)
+    server = place(client)
     found = str(info["redis_version"])
     numbers = tuple(int(part) for part in found.split(".")[:2])
     if numbers < MINIMUM_VERSION:
@@ -60,69 +66,84 @@ def check_server(client: Redis, logger: logging.Logger) -> None:
     policy = str(info.get("maxmemory_policy", "noeviction"))
     if int(info.get("maxmemory", 0)) and policy.startswith("allkeys"):
         raise ConfigurationError(
-            f"the ledger's Redis evicts keys when memory is full (maxmemory-policy {policy}), "
-            "which would lose tasks. Expected noeviction: CONFIG SET maxmemory-policy noeviction"
+            f"the ledger's Redis ({server}) evicts keys when memory is full (maxmemory-policy "
+            f"{policy}), which would lose tasks. Expected noeviction: "
+            "CONFIG SET maxmemory-policy noeviction"
         )
     if policy != "noeviction":
         logger.warning(
-            "The ledger's Redis has maxmemory-policy %s; set noeviction, so that a full memory "
-            "refuses tasks instead of dropping state.",
+            "The ledger's Redis (%s) has maxmemory-policy %s; set noeviction, so that a full "
+            "memory refuses tasks instead of dropping state.",
+            server,
             policy,
             extra={"action": "redis_check", "maxmemory_policy": policy},
         )
-    if url not in _warned and not _is_persistent(client, info, logger):
+    if server not in _warned and not _is_persistent(client, info, server, logger):
         logger.warning(
-            "The ledger's Redis keeps nothing across its restart (appendonly no): "
+            "The ledger's Redis (%s) keeps nothing across its restart (appendonly no): "
             "tasks that wait are lost with it. CONFIG SET appendonly yes.",
+            server,
             extra={"action": "redis_check", "appendonly": False},
         )
-    _warned.add(url)
+    _warned.add(server)
 
 
 def check_failover(client: Redis, heartbeat_timeout: float) -> None:
-    """Refuse a heartbeat_timeout that every failover of Sentinel's would be longer than.
-
-    Says nothing if no sentinel answers, or there is none. Of a cluster's failover in the same way.
+    """Refuse a heartbeat_timeout that every failover would be longer than.
 
     Raises:
         ConfigurationError: With the least that would do.
     """
+    if found := too_short_a_timeout(client, heartbeat_timeout):
+        raise ConfigurationError(". ".join(found))
+
+
+def too_short_a_timeout(client: Redis, heartbeat_timeout: float) -> tuple[str, str] | None:
+    """What is wrong with a heartbeat_timeout, and what to do; None if nothing is, or nobody tells.
+
+    By what Sentinel or the cluster says of a failover. Says nothing if no sentinel answers, or
+    there is none.
+    """
     pool: Any = client.connection_pool
     if is_by_cluster(client):
-        return _check_clusters_failover(client, heartbeat_timeout)
+        return _by_cluster(client, heartbeat_timeout)
     if not isinstance(pool, SentinelConnectionPool):
-        return
+        return None
     for sentinel in pool.sentinel_manager.sentinels:
         try:
             found = sentinel.sentinel_masters()[pool.service_name]
+            asked = place(sentinel)
         except (RedisError, KeyError):
             continue
         down_after = int(found["down-after-milliseconds"]) / 1000
         least = down_after + FAILOVER_SECONDS
-        if heartbeat_timeout < least:
-            raise ConfigurationError(
-                f"heartbeat_timeout ({heartbeat_timeout:g} s) is shorter than a failover: Sentinel "
-                f"takes the master {pool.service_name!r} for down after {down_after:g} s, and the "
-                f"change takes some {FAILOVER_SECONDS:g} s more. Set heartbeat_timeout to "
-                f"{least:g} s or more, or lower down-after-milliseconds"
-            )
-        return
+        if heartbeat_timeout >= least:
+            return None
+        return (
+            f"heartbeat_timeout ({heartbeat_timeout:g} s) is shorter than a failover: Sentinel "
+            f"({asked}) takes the master {pool.service_name!r} for down after {down_after:g} s, "
+            f"and the change takes some {FAILOVER_SECONDS:g} s more",
+            f"Set heartbeat_timeout to {least:g} s or more, or lower down-after-milliseconds",
+        )
+    return None
 
 
-def _check_clusters_failover(client: Redis, heartbeat_timeout: float) -> None:
+def _by_cluster(client: Redis, heartbeat_timeout: float) -> tuple[str, str] | None:
     try:
         found = client.config_get("cluster-node-timeout")
+        asked = place(client)
     except ResponseError:
-        return  # hosted ones do not tell
+        return None  # hosted ones do not tell
     down_after = int(found.get("cluster-node-timeout") or 0) / 1000
     least = CLUSTER_PATIENCE * down_after + FAILOVER_SECONDS
-    if heartbeat_timeout < least:
-        raise ConfigurationError(
-            f"heartbeat_timeout ({heartbeat_timeout:g} s) is shorter than a failover: the cluster "
-            f"takes a master for down after {down_after:g} s, and until another is elected some "
-            f"{least - down_after:g} s more may pass. Set heartbeat_timeout to {least:g} s or "
-            "more, or lower cluster-node-timeout"
-        )
+    if heartbeat_timeout >= least:
+        return None
+    return (
+        f"heartbeat_timeout ({heartbeat_timeout:g} s) is shorter than a failover: the cluster "
+        f"(asked {asked}) takes a master for down after {down_after:g} s, and until another is "
+        f"elected some {least - down_after:g} s more may pass",
+        f"Set heartbeat_timeout to {least:g} s or more, or lower cluster-node-timeout",
+    )
 
 
 def refusal_of_cluster(client: Redis, info: Mapping[str, Any]) -> str | None:
@@ -140,15 +161,18 @@ def refusal_of_cluster(client: Redis, info: Mapping[str, Any]) -> str | None:
     )
 
 
-def _is_persistent(client: Redis, info: dict[str, object], logger: logging.Logger) -> bool:
+def _is_persistent(
+    client: Redis, info: dict[str, object], server: str, logger: logging.Logger
+) -> bool:
     if info.get("aof_enabled"):
         return True
     try:
         return bool(client.config_get("save").get("save"))
     except ResponseError as error:
         logger.warning(
-            "Whether the ledger's Redis keeps its data across a restart could not be checked (%s). "
-            "Expected: appendonly yes.",
+            "Whether the ledger's Redis (%s) keeps its data across a restart could not be checked "
+            "(%s). Expected: appendonly yes.",
+            server,
             error,
             extra={"action": "redis_check", "appendonly": None},
         )

@@ -25,6 +25,7 @@ from celery_affinity.server_checks import check_failover, check_server
 from certificates import Authority, speaks_tls
 from clusters import RedisCluster, call, node_id
 from harness import wait_until
+from starts import start
 
 pytestmark = pytest.mark.servers
 
@@ -263,13 +264,59 @@ def test_a_doctor_knows_a_node_of_a_cluster(shared: RedisCluster, server: Server
     assert not any("redis+cluster://" in fix for fix in findings(shared.url))
 
 
+@pytest.mark.parametrize("ledger", ["the cluster", "the broker's"])
+@pytest.mark.parametrize(
+    "command",
+    [("worker", "-Q", "q", "-c", "1", "-P", "solo"), ("worker", "-c", "1", "--affinity-role", "scheduler"),
+     ("beat", "-S", "affinity")],
+    ids=["worker", "scheduler", "beat"],
+)  # fmt: skip
+def test_a_node_of_a_cluster_is_refused_as_the_broker(
+    shared: RedisCluster, tmp_path: Path, namespace: str, ledger: str, command: tuple[str, ...]
+) -> None:
+    url = repr(shared.url if ledger == "the cluster" else None)
+    body = f"affinity = Affinity(app, queues=[AffinityQueue('q')], namespace='{namespace}', redis_url={url})"
+    done = start(tmp_path, shared.masters[0].url(), body, *command)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and "Traceback" not in said
+    assert f"the broker's Redis (127.0.0.1:{shared.masters[0].port}) is a node of a Redis Cluster" in said
+
+
+def test_a_doctor_knows_a_node_of_a_cluster_as_the_broker(shared: RedisCluster, namespace: str) -> None:
+    app = Celery("shop", broker=shared.masters[0].url())
+    affinity = Affinity(app, queues=[AffinityQueue("q")], redis_url=shared.url, namespace=namespace)
+    *_, last = affinity.doctor()
+    assert (last.about, last.verdict) == ("broker", "error") and "set broker_url to RabbitMQ" in last.fix
+
+
+def test_a_single_servers_client_says_what_it_means_that_a_key_is_elsewhere(
+    shared: RedisCluster, keys: Keys
+) -> None:
+    stranger = shared.others(keys.prefix)[0]
+    text = rf"127.0.0.1:{stranger.port} is a node of a Redis Cluster, .*set redis_url='redis\+cluster://"
+    with pytest.raises(ResponseError, match=text):
+        Scripts(connect(stranger.url()), keys).claim("q", "me", 1000)
+    with pytest.raises(ResponseError, match=text):
+        server_clock(connect(stranger.url()), keys.prefix)
+
+
 def test_a_heartbeat_timeout_shorter_than_a_clusters_failover_is_refused(
     shared: RedisCluster, keys: Keys
 ) -> None:
     client = connect(shared.url, keys.prefix)
     check_failover(client, 4.5)
-    with pytest.raises(ConfigurationError, match=r"down after 1 s.* Set heartbeat_timeout to 4\.5 s"):
+    asked = rf"asked 127.0.0.1:{shared.owner(keys.prefix).port}"
+    with pytest.raises(ConfigurationError, match=rf"{asked}.*down after 1 s.* Set heartbeat_timeout to 4\.5 s"):
         check_failover(client, 4.4)
+    app = Celery("shop", broker="amqp://127.0.0.1:1//")
+    limits = {"heartbeat_timeout": 4.4, "heartbeat_interval": 1.0}
+    affinity = Affinity(app, queues=[AffinityQueue("q")], redis_url=shared.url, namespace=keys.namespace, **limits)
+    found = {one.about: one for one in affinity.doctor()}
+    assert found["heartbeat_timeout"].verdict == "error"
+    assert found["heartbeat_timeout"].fix.startswith("Set heartbeat_timeout to 4.5 s")
+    assert "confirm_publish" in found["broker confirms"].fix
+    app.conf.broker_transport_options = {"confirm_publish": True}
+    assert "broker confirms" not in {one.about for one in affinity.doctor()}
     for server in shared.masters:
         user = ("quiet", "on", ">pw", "~*", "&*", "+@all", "-config")
         server.client().execute_command("ACL", "SETUSER", *user)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,35 +11,7 @@ from redis import Redis
 from celery_affinity.embedded import Server
 from celery_affinity.exceptions import ConfigurationError
 from celery_affinity.server_checks import check_server
-from nursery import nursery
-
-APP = """
-from celery import Celery
-from celery_affinity import Affinity, AffinityQueue, affinity_task
-app = Celery("refused", broker={broker!r})
-{body}
-"""
-
-
-def start(
-    tmp_path: Path, broker: str, body: str, *command: str, real: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """Run `celery`, in a fork of the nursery or in an interpreter of its own."""
-    (tmp_path / "refused.py").write_text(APP.format(broker=broker, body=textwrap.dedent(body)))
-    arguments = ["-A", "refused", *command]
-    if real:
-        return subprocess.run(
-            [sys.executable, "-m", "celery", *arguments], cwd=tmp_path, capture_output=True, text=True,
-            timeout=30, check=False,
-        )
-    out, errors = tmp_path / "stdout", tmp_path / "stderr"
-    process = nursery().fork(arguments, out, tmp_path, os.environ, errors)
-    try:
-        status = process.wait(30)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(arguments, status, out.read_text(), errors.read_text())
-
+from starts import start
 
 WORKER = ("worker", "-Q", "jobs", "-c", "1", "-P", "solo")
 
@@ -137,7 +105,7 @@ def test_a_beat_with_settings_that_cannot_work_does_not_start(
     body = "affinity = Affinity(app, queues=[AffinityQueue('jobs')], leader_ttl=-1)"
     done = start(tmp_path, shared_server.url(), body, "beat", "-S", "affinity")
     assert done.returncode != 0
-    assert "leader_ttl" in done.stdout + done.stderr
+    assert "leader_ttl" in done.stdout + done.stderr and "Traceback" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("command", [WORKER, ("beat", "-S", "affinity")], ids=["worker", "beat"])
@@ -156,6 +124,7 @@ def test_a_transport_without_a_place_for_worker_queues_is_refused_at_start(
     done = start(tmp_path, broker, "affinity = Affinity(app, queues=[AffinityQueue('jobs')])", *command)
     assert done.returncode != 0
     assert says in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_beat_without_affinity_says_what_to_add(shared_server: Server, tmp_path: Path) -> None:
@@ -178,6 +147,7 @@ def test_a_redis_that_may_evict_keys_is_refused(server: Server, tmp_path: Path) 
     done = start(tmp_path, server.url(), body, *WORKER)
     assert done.returncode != 0
     assert "maxmemory-policy noeviction" in done.stdout + done.stderr
+    assert f"(127.0.0.1:{server.port})" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_redis_user_that_may_not_do_what_the_ledger_needs_is_refused(
@@ -222,6 +192,7 @@ def test_a_redis_that_may_evict_what_expires_is_warned_of(
     aof_server.client().config_set("maxmemory-policy", "volatile-lru")
     check_server(aof_server.client(), logging.getLogger())
     assert "maxmemory-policy volatile-lru; set noeviction" in caplog.text
+    assert f"127.0.0.1:{aof_server.port}" in caplog.text
 
 
 def test_an_old_redis_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

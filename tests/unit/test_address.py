@@ -53,6 +53,12 @@ def test_what_cannot_be_taken_apart_is_refused_and_not_shown(url: str) -> None:
     assert "Secret" not in str(error.value) and error.value.__suppress_context__
 
 
+def test_the_refusal_of_a_list_of_nodes_shows_how_one_is_written() -> None:
+    with pytest.raises(ConfigurationError, match=r"redis\+cluster://host:port;redis\+cluster://host2:port") as error:
+        Address.parse("redis+cluster://a:1,b:2")
+    assert "sentinel://host:port;sentinel://host2:port/db" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("url", "shown"),
     [

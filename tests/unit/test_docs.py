@@ -98,7 +98,7 @@ def test_each_public_name_is_in_the_reference_and_no_other() -> None:
 
 #: What the worker, the beat and the command line call on an `Affinity`.
 PLUMBING = {
-    "consumer_started", "delivery", "raise_startup_error", "start_scheduling", "stop_scheduling",
+    "check_scheduling", "consumer_started", "delivery", "raise_startup_error", "start_scheduling", "stop_scheduling",
     "worker_started", "worker_stopped", "worker_stopping",
 }  # fmt: skip
 
