@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from amqp import Message
 
-from celery_affinity.amqp_broker import enveloped, unwrapped
+from celery_affinity.amqp_messages import enveloped, unwrapped
 from celery_affinity.message import decoded_body
 
 HEADERS = {"id": "one", "task": "t", "identify_tag": "a", "eta": None, "retries": 0}
