@@ -144,7 +144,10 @@ class FakeClient:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self.connection_pool = SimpleNamespace(connection_kwargs={}, connection_class=object)
+        self.connection_pool = SimpleNamespace(
+            connection_kwargs={}, connection_class=object, release=lambda connection: None,
+            get_connection=lambda: SimpleNamespace(host="simulated", port=0),
+        )  # fmt: skip
 
     def info(self, section: str = "") -> dict[str, Any]:
         self._world.pause()
