@@ -116,9 +116,12 @@ def test_a_rolling_deploy_loses_nothing_and_keeps_the_laws_once_the_old_are_gone
     else:
         send_plainly(plain, 10, 10)
 
-    wait_for_ends(history_path, 400)
+    # One that ran in the old worker may have run twice: to count ends would be to end too soon.
+    def losses() -> list[str]:
+        return [str(v) for v in History.load(history_path).violations(allow_rerun=True) if v.kind == "loss"]
+
+    wait_until(lambda: not losses(), 60, "the end of all tasks")
     found = History.load(history_path)
-    assert not [v for v in found.violations(allow_rerun=False) if v.kind == "loss"]
     later = History(found.runs[deployed:], {s: t for s, t in found.submits.items() if s[1] >= 10})
     later.assert_lawful()
     assert {run.worker for run in later.runs} == {"new@test"}

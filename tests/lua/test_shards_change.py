@@ -18,9 +18,9 @@ from celery_affinity.keys import Keys
 from celery_affinity.leadership import Elector
 from celery_affinity.operations import Operations
 from celery_affinity.rescuer import Rescuer
+from celery_affinity.resharding import begin_with_shards
 from celery_affinity.scheduler import Scheduler
 from celery_affinity.scripts import Scripts
-from celery_affinity.service import SchedulerService
 from tests.harness import wait_until
 
 from .conftest import Bench
@@ -42,12 +42,8 @@ def shards(shared_server: Server, namespace: str) -> Iterator[Shards]:
 
 def check_first(three: System, shards: int) -> None:
     """What the first shard's leader does when its term begins with that number."""
-    affinity = three.affinity
-    service = SchedulerService(
-        affinity.settings, affinity.redis_url, affinity.delivery, "n", no_tag, lambda *_: True
-    )
-    service._check_shards(
-        three.parts[0].scripts, three.queue.model_copy(update={"shards": shards})
+    begin_with_shards(
+        three.queue.model_copy(update={"shards": shards}), lambda shard: three.parts[shard].scripts
     )
 
 

@@ -28,7 +28,7 @@ def test_a_task_whose_process_was_killed_for_the_one_before_it_is_not_revoked(
 ) -> None:
     monkeypatch.setattr(worker_state, "task_ready", lambda request: None)
     asked: list[object] = []
-    held = SimpleNamespace(ended=lambda stamp: None, other_request=lambda *_: None)
+    held = SimpleNamespace(ended=lambda stamp, request: None, other_request=lambda *_: None)
     ends = SimpleNamespace(held=held, process_lost=lambda stamp: asked.append(stamp) or "requeued")
     kind = type("Request", (DispatchedRequest, Stock), {"affinity_ends": ends})
     one: Any = kind.__new__(kind)
@@ -59,7 +59,7 @@ class Revocable(Stock):
 def test_a_task_that_may_have_started_when_its_revoke_is_seen_is_left_to_its_gate(in_time: bool) -> None:
     """A copy that a reconnect had left in the pipe may run. Ended by the parent alone it stayed in the
     ledger for ever, and its tag with it (simulation, seed 3003267)."""
-    held = SimpleNamespace(ended=lambda stamp: None, other_request=lambda *_: None)
+    held = SimpleNamespace(ended=lambda stamp, request: None, other_request=lambda *_: None)
     ends = SimpleNamespace(held=held, discard=lambda stamp, verdict, reason: in_time)
     kind = type("Request", (DispatchedRequest, Revocable), {"affinity_ends": ends})
     one: Any = kind.__new__(kind)
