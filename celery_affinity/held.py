@@ -45,7 +45,7 @@ class Held:
         self._stopping: dict[str, Callable[[], bool]] = {}
         #: Messages on their way over another broker, until when that is believed (monotonic).
         self._under_way: dict[str, float] = {}
-        #: Called with the stamp of each message that ends.
+        #: Called with the stamp of each message that ends, or of which no copy runs any more.
         self.on_end: Callable[[Stamp], None] = lambda stamp: None
 
     def sent(self, stamp: Stamp) -> None:
@@ -82,11 +82,14 @@ class Held:
             if copy is None:
                 continue
             copies.remove(copy)
-            if copies:
+            if not copies:
+                found.pop(held, None)
+            if found is not self._copies:
                 return
-            found.pop(held, None)
-            if found is self._copies:
+            if not copies:
                 self._stamps.pop(held, None)
+            # Its slot runs it no more, also if a copy that waits is flushed unheard later.
+            if not copies or (copy.accepted and not any(other.accepted for other in copies)):
                 self.on_end(stamp)
             return
 

@@ -13,8 +13,8 @@
 -- One whose start was granted is sent again once as if it had not started: its process knows the token,
 -- and a copy that comes while it runs is refused. If that does not come to its end either, it counts as
 -- one that started (in a ledger that was restored its process knows of no grant any more). As long as the
--- node holds any copy of such a one, that may be the one that runs; if it does not know about the last one
--- (":?"), another one is sent.
+-- node holds any copy of such a one, that may be the one that runs; if it does not know about those that it
+-- may have (":?"), another one is sent.
 -- A repeat of a beat number counts no beat twice.
 -- What waits for longer than the grace behind an ordinary task goes back to the head if a slot
 -- elsewhere, or another one of a node, can take it.
@@ -58,10 +58,11 @@ end
 
 local ordinary = {}
 for _, i in ipairs(redis.call('HVALS', worker_key(inc, 'busy'))) do ordinary[i] = true end
-local holds, any_copy = {}, {}
+local holds, any_copy, sure_copy = {}, {}, {}
 for k = 4, #ARGV do
-  holds[ARGV[k]] = true
-  any_copy[string.match(ARGV[k], '^[^:]*:[^:]*:[^:]*') or ''] = true
+  local copies = string.match(ARGV[k], '^[^:]*:[^:]*:[^:]*') or ''
+  holds[ARGV[k]], any_copy[copies] = true, true
+  if string.sub(ARGV[k], -2) ~= ':?' then sure_copy[copies] = true end
 end
 local again, back = 0, 0
 for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
@@ -76,7 +77,7 @@ for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
         missing = not (holds[name .. ':?'] or (was_granted(o) and any_copy[copies]))
       elseif NOW - l.t < grace or not w.active or not serves(w, l.q, i) or queued(l, o) then
         -- it is on its way
-      elseif granted and string.sub(o.send, -1) == 'r' and not holds[name .. ':?'] then
+      elseif granted and string.sub(o.send, -1) == 'r' and (sure_copy[copies] or not any_copy[copies]) then
         missing = not any_copy[copies]
       else
         l.x = l.x + 1

@@ -154,13 +154,15 @@ def test_copies_that_end_after_a_reconnect_do_not_end_the_report_of_the_one_that
 
 def test_a_copy_behind_one_that_has_ended_is_not_taken_for_running_when_it_is_flushed() -> None:
     """It was: its slot was held back for ever when its node was given up and registered anew (60033170)."""
-    stamp, held = Stamp("1", "7", "1", "n", 0, 1, 1, "q"), Held()
+    stamp, held, ends = Stamp("1", "7", "1", "n", 0, 1, 1, "q"), Held(), []
+    held.on_end = ends.append
     held.arrived(stamp, "runs")
     held.arrived(stamp, "waits")
     held.accepted(stamp, "runs")
     held.ended(stamp, "runs")
     held.ended(stamp, "runs")  # a time limit, then the end of its process
     assert (held.names(), held.running_slots()) == ([stamp.held], set())
+    assert ends == [stamp], "its slot is free again (70021728)"
     held.flushed()
     assert (held.names(), held.running_slots()) == ([f"{stamp.held}:?"], set())
 
