@@ -5,7 +5,8 @@ leaders, carriers and operators alike, as long as the ledger has anything of the
 nothing, the first shard's leader takes the new number; what operators had set of single tags
 goes then, as their shards are others, and all that is left in shards that are no more.
 
-Crash windows: between two shards the number is the old one still, so the next leader does it again
+Crash windows: until the leader writes its settings the number is the old one, so after a crash
+between two shards the next leader does it again
 (test_a_change_of_shards_that_dies_half_way_is_done_by_the_next_leader).
 """
 
@@ -49,8 +50,7 @@ def begin_with_shards(queue: AffinityQueue, scripts_of: ScriptsOf) -> None:
     before = refuse_other_shards(queue, scripts_of)
     if before is None:
         return
-    # The first shard, which has the number, is the last one.
-    for part in reversed(_all_parts(queue, before)):
+    for part in _all_parts(queue, before):
         if not scripts_of(part.shard).reshape(part.state, goes=part.shard >= queue.shards):
             raise ShardsError(queue.name, before, queue.shards)
 

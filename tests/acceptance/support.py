@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +199,20 @@ def start(cluster: Cluster, *names: str, concurrency: int = 2, beat: bool = True
     if beat:
         cluster.beat(APP, environ=QUICK)
     return workers
+
+
+def start_under_a_beat(cluster: Cluster, producer: Producer, environ: Mapping[str, str]) -> None:
+    """Two workers that schedule nothing, and a beat that leads."""
+    for name in ("w1", "w2"):
+        cluster.worker(
+            APP, name, queues="jobs", concurrency=2, environ={**environ, **WORKER_ONLY}, extra=LEAN
+        )
+    cluster.beat(APP, environ=environ)
+    wait_for_nodes(producer.affinity, 2)
+    wait_until(lambda: producer.affinity.leader("jobs"), what="a leader")
+
+
+def assert_nobody_was_given_up(cluster: Cluster) -> None:
+    for node in cluster.nodes:
+        assert "is lost (no heartbeat)" not in node.log_text()
+        assert "registers anew" not in node.log_text()

@@ -16,9 +16,10 @@ from acceptance.support import (
     QUICK,
     WORKER_ONLY,
     Producer,
+    assert_nobody_was_given_up,
     finished,
+    start_under_a_beat,
     starts_are,
-    wait_for_nodes,
     wait_for_run,
 )
 from brokers import CLUSTERED, LEDGER_VARIABLE
@@ -39,13 +40,7 @@ PREFIX = Keys("default").prefix
 
 def start(cluster: Cluster) -> Producer:
     producer = Producer(cluster.broker_url)
-    for name in ("w1", "w2"):
-        cluster.worker(
-            APP, name, queues="jobs", concurrency=2, environ={**SLOW, **WORKER_ONLY}, extra=LEAN
-        )
-    cluster.beat(APP, environ=SLOW)
-    wait_for_nodes(producer.affinity, 2)
-    wait_until(lambda: producer.affinity.leader("jobs"), what="a leader")
+    start_under_a_beat(cluster, producer, SLOW)
     return producer
 
 
@@ -78,12 +73,6 @@ def with_replicas(tmp_path: Path) -> Iterator[RedisCluster]:
     found = RedisCluster(tmp_path / "cluster", replicas=True)
     yield found
     found.close()
-
-
-def assert_nobody_was_given_up(cluster: Cluster) -> None:
-    for node in cluster.nodes:
-        assert "is lost (no heartbeat)" not in node.log_text()
-        assert "registers anew" not in node.log_text()
 
 
 @pytest.mark.proves("the ledger's slot of a Redis Cluster moves under load, key by key, with a pause longer than heartbeat_timeout", "a new term, nobody is given up, nothing lost or doubled, in order")

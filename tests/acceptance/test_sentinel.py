@@ -15,8 +15,9 @@ from acceptance.support import (
     QUICK,
     WORKER_ONLY,
     Producer,
+    assert_nobody_was_given_up,
     finished,
-    wait_for_nodes,
+    start_under_a_beat,
     wait_for_run,
 )
 from harness import BROKER_VARIABLE, Cluster, wait_until
@@ -42,13 +43,7 @@ def start(cluster: Cluster, sentinels: Sentinels, monkeypatch: pytest.MonkeyPatc
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     producer = Producer(sentinels.url)
-    for name in ("w1", "w2"):
-        cluster.worker(
-            APP, name, queues="jobs", concurrency=2, environ={**SLOW, **WORKER_ONLY}, extra=LEAN
-        )
-    cluster.beat(APP, environ=SLOW)
-    wait_for_nodes(producer.affinity, 2)
-    wait_until(lambda: producer.affinity.leader("jobs"), what="a leader")
+    start_under_a_beat(cluster, producer, SLOW)
     return producer
 
 
@@ -81,9 +76,7 @@ def test_a_change_of_master_starts_a_new_term_and_gives_nobody_up(
     assert found.reruns() == 0
     after = producer.affinity.leader("jobs")
     assert before and after and after.term > before.term
-    for node in cluster.nodes:
-        assert "is lost (no heartbeat)" not in node.log_text()
-        assert "registers anew" not in node.log_text()
+    assert_nobody_was_given_up(cluster)
     History.load(history_path).assert_lawful()
 
 

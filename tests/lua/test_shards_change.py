@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,33 +11,21 @@ import pytest
 from celery_affinity import AffinityQueue
 from celery_affinity.broker import Taken
 from celery_affinity.carrying import Carrier, Spread
-from celery_affinity.embedded import Server
 from celery_affinity.exceptions import ShardsError
 from celery_affinity.intake import Intake, no_tag, shard_in
-from celery_affinity.keys import Keys
 from celery_affinity.leadership import Elector
 from celery_affinity.operations import Operations
 from celery_affinity.rescuer import Rescuer
 from celery_affinity.resharding import begin_with_shards
 from celery_affinity.scheduler import Scheduler
-from celery_affinity.scripts import Scripts
 from tests.harness import wait_until
 
-from .conftest import Bench
 from .test_carrying import Hub, HubSource, Idle, admit_all, admitted
 from .test_leader_crashes import Doorbell, OneThread, Told
-from .test_shards import NAMES, SHARDS, Shards, carry, sharded
+from .test_shards import NAMES, SHARDS, Shards, carry, sharded, shards
 from .test_whole_queues import TAGS, System, system, three
 
-__all__ = ("system", "three")
-
-
-@pytest.fixture
-def shards(shared_server: Server, namespace: str) -> Iterator[Shards]:
-    client = shared_server.client()
-    yield Shards([Bench(client, Scripts(client, Keys(namespace, n))) for n in range(SHARDS)])
-    for key in client.scan_iter(match="{affinity:" + namespace + "*", count=1000):
-        client.delete(key)
+__all__ = ("shards", "system", "three")
 
 
 def check_first(three: System, shards: int) -> None:

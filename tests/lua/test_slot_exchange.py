@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import count
 from types import SimpleNamespace
 
@@ -10,25 +9,14 @@ import pytest
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from celery_affinity import slot_exchange
-from celery_affinity.embedded import Server
-from celery_affinity.keys import Keys
 from celery_affinity.operator_scripts import OperatorScripts
-from celery_affinity.scripts import Scripts
 from celery_affinity.sharding import incarnations_of
 from celery_affinity.slot_exchange import SlotExchange
 
 from .conftest import Bench, Node
-from .test_shards import SHARDS, Shards
+from .test_shards import SHARDS, Shards, shards
 
 __all__ = ("shards",)
-
-
-@pytest.fixture
-def shards(shared_server: Server, namespace: str) -> Iterator[Shards]:
-    client = shared_server.client()
-    yield Shards([Bench(client, Scripts(client, Keys(namespace, n))) for n in range(SHARDS)])
-    for key in client.scan_iter(match="{affinity:" + namespace + "*", count=1000):
-        client.delete(key)
 
 
 class Endless(AssertionError):

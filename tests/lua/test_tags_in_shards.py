@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 
 from celery_affinity import Affinity
-from celery_affinity.embedded import Server
 from celery_affinity.intake import Intake, no_tag, shard_in
-from celery_affinity.keys import Keys
 from celery_affinity.scripts import Scripts
 from celery_affinity.sharding import shard_of
 
-from .conftest import Bench
 from .test_carrying import message
-from .test_shards import SHARDS, Shards
+from .test_shards import SHARDS, Shards, shards
 from .test_whole_queues import TAGS, Died, System, system, three
 
-__all__ = ("system", "three")
-
-
-@pytest.fixture
-def shards(shared_server: Server, namespace: str) -> Iterator[Shards]:
-    client = shared_server.client()
-    yield Shards([Bench(client, Scripts(client, Keys(namespace, n))) for n in range(SHARDS)])
-    for key in client.scan_iter(match="{affinity:" + namespace + "*", count=1000):
-        client.delete(key)
+__all__ = ("shards", "system", "three")
 
 
 @pytest.mark.parametrize(
