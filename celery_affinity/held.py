@@ -28,12 +28,16 @@ class _Copy:
 class Held:
     """What the node's heartbeat reports. Its methods are single steps on a dict, so threads and
     greenlets may call them side by side.
+
+    Arguments:
+        in_turn: Whether a slot is a process, which takes its messages one after the other.
     """
 
     #: Entries remembered that were announced here and then refused, flushed, or ended unstarted.
     REFUSED = 1000
 
-    def __init__(self) -> None:
+    def __init__(self, in_turn: bool = False) -> None:
+        self._in_turn = in_turn
         self._stamps: dict[str, Stamp] = {}
         self._copies: dict[str, list[_Copy]] = {}
         self._refused: dict[tuple[str, str], None] = {}
@@ -65,10 +69,22 @@ class Held:
         self._copies.setdefault(stamp.held, []).append(_Copy(request))
 
     def accepted(self, stamp: Stamp, request: Any) -> None:
-        """A process (thread, greenlet) has taken it."""
+        """A process (thread, greenlet) has taken it.
+
+        A slot's process has no older copy any more, then: what was thrown away before this one
+        came runs no more, or never has. (If it counted as what may run, a start that was granted in
+        a ledger that was restored would be sent again with each heartbeat.)
+        """
         for copy in self._copies.get(stamp.held, ()):
             if copy.request is request:
                 copy.accepted = True
+                if self._in_turn:
+                    self._forget_flushed(stamp)
+
+    def _forget_flushed(self, stamp: Stamp) -> None:
+        for held in list(self._flushed):
+            if held.startswith(_entry_of(stamp)):
+                self._flushed.pop(held, None)
 
     def ended(self, stamp: Stamp, request: Any) -> None:
         """It has ended here, in whatever way. While another copy of it is here it stays held. A
@@ -178,12 +194,11 @@ class Held:
 
     def copies(self, stamp: Stamp) -> int:
         """How many messages of its entry and lease are here, or may be."""
-        entry = stamp.held.rsplit(":", 1)[0] + ":"
         return sum(
             len(copies)
             for found in (self._copies, self._flushed)
             for held, copies in list(found.items())
-            if held.startswith(entry)
+            if held.startswith(_entry_of(stamp))
         )
 
     def other_request(self, task_id: str, request: Any) -> Any:
@@ -194,3 +209,8 @@ class Held:
                 if other is not None and other is not request and other.id == task_id:
                     return other
         return None
+
+
+def _entry_of(stamp: Stamp) -> str:
+    """What the names of all messages of its entry and lease begin with."""
+    return stamp.held.rsplit(":", 1)[0] + ":"

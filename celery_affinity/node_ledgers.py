@@ -52,6 +52,10 @@ class Serving(Protocol):
         """How many it has."""
 
     @property
+    def slots_are_processes(self) -> bool:
+        """Whether each slot is one process."""
+
+    @property
     def depth(self) -> int:
         """How many messages of a lease are sent to it at a time."""
 
@@ -154,6 +158,7 @@ class NodeLedgers:
             all_looks,
             (lambda: None) if shard else pulse,
             partial(self.exchange.away, shard) if self.exchange else tuple,
+            in_turn=self._node.slots_are_processes,
         )
 
     def _relay(self, shard: int, outlet: Callable[[], Any]) -> Relay:

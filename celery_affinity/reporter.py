@@ -52,6 +52,7 @@ class Reporter:
         looks: Called after each beat, in the heartbeat's thread.
         pulse: Called before each beat, whether Redis answers it or not.
         away: Slots that work for another shard at this moment.
+        in_turn: See `Held`.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class Reporter:
         looks: Sequence[Callable[[Scripts], None]] = (),
         pulse: Callable[[], None] = lambda: None,
         away: Callable[[], Sequence[int]] = tuple,
+        in_turn: bool = False,
     ) -> None:
         self._lifeline = lifeline
-        self.held = Held()
+        self.held = Held(in_turn)
         self.held.on_end = self._on_end
         self._connect = connect
         self._scripts = connect()

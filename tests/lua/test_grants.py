@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from celery_affinity.held import Held
+from celery_affinity.message import Stamp
+
 from .conftest import Bench, Copy, Node
 
 GRANT = "granted?"
@@ -280,3 +283,38 @@ def test_a_granted_start_whose_second_message_was_flushed_too_comes_a_third_time
     maybe = [f"{copy.stamp.held}:?" for copy in (second, again)]
     assert bench.scripts.heartbeat("n", "2", 0, [third.stamp.held, *maybe])[:3] == (True, 1, 0)
     assert node.take().start(GRANT) == 1
+
+
+def test_a_grant_that_only_a_restored_ledger_knows_of_ends_although_its_message_was_flushed(bench: Bench) -> None:
+    """It was sent again with each heartbeat, and refused, and its tag stood still until its worker stopped."""
+    node, second = granted(bench)
+    third, held = node.take(), Held(in_turn=True)
+    held.arrived(second.stamp, "thrown away by a reconnect")
+    held.flushed()
+    held.arrived(third.stamp, "behind it")
+
+    def beat(number: int) -> tuple[bool, int, int]:
+        return bench.scripts.heartbeat("n", str(number), 0, held.names())[:3]
+
+    assert beat(1) == (True, 1, 0)
+    again = node.take()
+    held.arrived(again.stamp, "again")
+    held.accepted(again.stamp, "again")
+    assert again.start("own") == -3, "its process knows of no grant any more"
+    held.ended(again.stamp, "again")
+    assert beat(2) == (True, 0, 0)
+    bench.client.hincrby(bench.scripts.keys.slot("n", 0), "miss", -6_000)
+    assert beat(3) == (True, 0, 2)
+    assert node.take().id == second.id and attempts(bench, second) == 1
+
+
+def test_on_threads_a_copy_that_runs_beside_a_later_one_is_held_after_a_reconnect() -> None:
+    stamp, later = (Stamp("7", "1", send, "n", 0, 1, 1, "q") for send in ("1", "2"))
+    for in_turn, names in ((False, ["0:7:1:2", "0:7:1:1:?"]), (True, ["0:7:1:2"])):
+        held = Held(in_turn)
+        held.arrived(stamp, "may run in another thread")
+        held.flushed()
+        held.arrived(later, "later")
+        assert held.names() == ["0:7:1:2", "0:7:1:1:?"]
+        held.accepted(later, "later")
+        assert held.names() == names

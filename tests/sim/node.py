@@ -59,7 +59,7 @@ class Node(Group):
         #: Entries of which a copy was here that could be used, or was not looked at so far.
         self._usable: set[str] = set()
         self.reporter = Reporter(self._connect, self.inc, self._announcement, 2.0, Lifeline())
-        self.reporter.held = history.bugs.held()
+        self.reporter.held = history.bugs.held(in_turn=not self.threads)
         self.reporter.held.on_end = self.reporter._on_end
         self._actor("parent", self._parent)
 
