@@ -31,20 +31,17 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from itertools import count
 from typing import Any
 from uuid import uuid4
 
-from celery.exceptions import SoftTimeLimitExceeded
-from redis.exceptions import RedisError
-
 from celery_affinity import context
-from celery_affinity.connection import Reachability
 from celery_affinity.context import AffinityContext
 from celery_affinity.events import tag_acquired, tag_released
 from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp, tag_text
+from celery_affinity.occupancy import Occupancy
 from celery_affinity.outcomes import is_of_greenlets, outcome_of, outcome_of_error
+from celery_affinity.patience import Patience
 from celery_affinity.running import BatchCall, BatchTask, Run, Tracer, running
 from celery_affinity.scripts import Scripts
 from celery_affinity.starts import Starts
@@ -68,7 +65,6 @@ class Gate:
         incarnations: The node's name in each shard.
         slot: The slot that this process is, for ordinary tasks; None if slots are not processes.
         in_process: Whether tasks run in the worker's own process (threads, solo, gevent).
-        ordinary: Whether ordinary tasks have to occupy a slot.
         trust_seconds: How old the permission to start may be when it arrives, and for how long a
             task must have its lease at least when it starts.
         succeeded: Asks the result backend for the stored result's repr of a task that has
@@ -85,7 +81,6 @@ class Gate:
         incarnations: Sequence[str],
         slot: int | None,
         in_process: bool,
-        ordinary: bool,
         trust_seconds: float,
         succeeded: Callable[[str, Mapping[str, Any]], str | None] = lambda task_id, request: None,
     ) -> None:
@@ -96,18 +91,15 @@ class Gate:
         self._refusal = refusal
         self._queue_names = dict(queue_names)
         self._node = node
-        self._incarnations = incarnations
-        self._slot = slot
         #: Whether tasks run in the worker's own process.
         self.in_process = in_process
-        self._ordinary = ordinary
         self._held: dict[int, tuple[str, str, str]] = {}
-        #: The node's names where it is not told that this process is new, or free.
-        self._untold: set[str] = set()
         self._numbers = count(1)
         self._process = f"{os.getpid()}:{_started_at()}:{uuid4().hex[:8]}"
         self._starts = Starts(self._scripts, self._token, trust_seconds, granted=slot is not None)
-        self._reachability = Reachability(logger, f"tasks of process {os.getpid()}")
+        patience = Patience(logger)
+        self._patiently, self._briefly = patience.patiently, patience.briefly
+        self._occupancy = Occupancy(self._scripts, patience, incarnations, slot, self._token)
 
     def began(self) -> list[tuple[str, float]]:
         """The node's name in its shard of each dispatched task here, and when that began."""
@@ -120,20 +112,7 @@ class Gate:
 
     def process_up(self) -> None:
         """Tell the ledger that this slot has a new process."""
-        if self._slot is not None:
-            # Not patiently: the pool kills a process that does not come up. The heartbeat finds
-            # what an earlier process had started, too; a lost ordinary task's slot is free again
-            # at the latest when the first task comes.
-            self._untold = {one for one in self._incarnations if not self._briefly(self._up(one))}
-
-    def _up(self, incarnation: str) -> Callable[[], bool]:
-        return partial(self._scripts.process_up, incarnation, self._slot)  # type: ignore[arg-type]
-
-    def _announce(self, incarnation: str) -> None:
-        """Before a task of that shard: tell it what could not be told."""
-        if incarnation in self._untold:
-            self._patiently(self._up(incarnation))
-            self._untold.discard(incarnation)
+        self._occupancy.process_up()
 
     def close(self) -> None:
         """This process stops: its tags are released for its receivers."""
@@ -161,26 +140,10 @@ class Gate:
     def _ordinary_task(
         self, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Any
     ) -> Any:
-        if not self._ordinary or not request or request.get("is_eager"):
+        if not request or request.get("is_eager"):
             return tracer(uuid, args, kwargs, request)
-        token = self._token()
-        first, *others = self._incarnations
-        self._announce(first)
-        self._untold = {one for one in self._untold if not self._briefly(self._up(one))}
         self._starts.decline(self._briefly)
-        # A slot that is a process may work for any shard; of others one shard has one less.
-        others = others if self._slot is not None else []
-        for one in (first, *others):
-            self._briefly(partial(self._scripts.occupy, one, self._slot, token))
-        try:
-            return tracer(uuid, args, kwargs, request)
-        finally:
-            # Patiently: a slot that is not vacated takes no lease as long as its process lives.
-            # Further shards hear of it by the node's next look, too (slot_exchange.py).
-            self._patiently(partial(self._scripts.vacate, first, token))
-            for one in others:
-                if not self._briefly(partial(self._scripts.vacate, one, token)):
-                    self._untold.add(one)
+        return self._occupancy.around(lambda: tracer(uuid, args, kwargs, request))
 
     def _dispatched_task(
         self,
@@ -192,7 +155,7 @@ class Gate:
         kwargs: Any,
         request: Any,
     ) -> Any:
-        self._announce(stamp.incarnation)
+        self._occupancy.announce(stamp.incarnation)
         answer, token = self._starts.begin(stamp, self._patiently)
         run = Run(stamp, uuid, request.get("retries") or 0, token)
         call = None
@@ -314,31 +277,6 @@ class Gate:
 
     def _token(self) -> str:
         return f"{self._process}:{next(self._numbers):x}"
-
-    def _patiently(self, call: Callable[[], Any]) -> Any:
-        pause = 0.05
-        while True:
-            try:
-                answer = call()
-            except RedisError as error:
-                self._reachability.unanswered(error)
-                time.sleep(pause)
-                pause = min(pause * 2, 1.0)
-            except SoftTimeLimitExceeded:
-                continue  # meant for the task, which does not run yet or any more
-            else:
-                self._reachability.answered()
-                return answer
-
-    def _briefly(self, call: Callable[[], Any]) -> bool:
-        """For what only tunes. Whether it worked."""
-        try:
-            call()
-        except RedisError as error:
-            self._reachability.unanswered(error)
-            return False
-        self._reachability.answered()
-        return True
 
 
 def _traced(tracer: Tracer, *arguments: Any) -> Any:

@@ -171,7 +171,6 @@ class Node:
             incarnations=self._ledgers.incarnations,
             slot=slot if self.slots_are_processes else None,
             in_process=in_process,
-            ordinary=True,  # ordinary queues can be added at any time
             trust_seconds=self._settings.heartbeat_timeout / 2,
             succeeded=partial(internals.stored_success, self.app),
         )

@@ -223,7 +223,7 @@ def test_a_node_whose_first_registration_failed_tells_what_has_changed_since(ben
 def _gate(scripts: Scripts) -> Gate:
     return Gate(
         connect=lambda: scripts, refusal=str, queue_names={"q": "q"}, node="n", incarnations=["n"],
-        slot=0, in_process=False, ordinary=True, trust_seconds=5.0,
+        slot=0, in_process=False, trust_seconds=5.0,
     )  # fmt: skip
 
 

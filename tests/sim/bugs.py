@@ -38,10 +38,10 @@ class AgelessStarts(Starts):
 class OnceOnlyGate(Gate):
     """Vacates a slot once, also if the ledger could not be reached."""
 
-    def _patiently(self, call: Callable[[], Any]) -> Any:
-        if getattr(getattr(call, "func", None), "__name__", "") == "vacate":
-            return self._briefly(call)
-        return super()._patiently(call)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        patience = self._occupancy._patience
+        patience.patiently = patience.briefly  # type: ignore[method-assign,assignment]
 
 
 class BlindRescuer(Rescuer):

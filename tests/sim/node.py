@@ -321,7 +321,6 @@ class Node(Group):
             incarnations=[self.inc],
             slot=None if self.threads else proc.index,
             in_process=self.threads,
-            ordinary=True,
             trust_seconds=self.history.judge.limits.timeout_us / 2e6,
         )
         gate._process = f"{self.name}.{proc.index}.{number}"
@@ -338,7 +337,7 @@ class Node(Group):
             proc.job, proc.token = None, ""
             if self.alive:
                 self.events.append(("done", job, answer))
-            if gate._starts._grant and self.world.chance(0.05):  # a lease may end before it is used
+            if gate._starts._grant and self.world.chance(0.1):  # a lease may end before it is used
                 self.world.freeze(self, self.world.rng.choice([1.0, 12.0, 25.0]))
         gate.close()
         if proc in self.procs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from celery.exceptions import SoftTimeLimitExceeded
 from redis.exceptions import ConnectionError
 
 from celery_affinity import gate as gate_module
@@ -59,14 +60,19 @@ class Ledger:
         return True
 
 
-def gate_of(ledger: Ledger, monkeypatch: pytest.MonkeyPatch, slot: int | None = 0) -> Gate:
+def gate_of(
+    ledger: Ledger,
+    monkeypatch: pytest.MonkeyPatch,
+    slot: int | None = 0,
+    incarnations: tuple[str, ...] = ("inc",),
+) -> Gate:
     """A gate that trusts 5 s, so a grant 1 s."""
     for module in (starts_module, gate_module):
         monkeypatch.setattr(module, "seconds", lambda: ledger.now)
     return Gate(
         connect=lambda: ledger,  # type: ignore[arg-type, return-value]
-        refusal=lambda text: text, queue_names={}, node="w1", incarnations=["inc"], slot=slot,
-        in_process=False, ordinary=True, trust_seconds=5.0,
+        refusal=lambda text: text, queue_names={}, node="w1", incarnations=incarnations, slot=slot,
+        in_process=False, trust_seconds=5.0,
     )
 
 
@@ -97,8 +103,7 @@ def one_away(monkeypatch: pytest.MonkeyPatch) -> tuple[OneAway, Gate]:
         raise AssertionError("it waits for the shard that does not answer")
 
     ledger = OneAway((1, 0.0), (1, 0.0))
-    gate = gate_of(ledger, monkeypatch)
-    gate._incarnations = ["inc", "inc-1"]
+    gate = gate_of(ledger, monkeypatch, incarnations=("inc", "inc-1"))
     monkeypatch.setattr(gate_module.time, "sleep", waits)
     ledger.away = True
     return ledger, gate
@@ -123,6 +128,25 @@ def test_an_ordinary_task_does_not_keep_its_process_for_a_further_shard(
     _, gate = one_away
     assert message(gate, None) == "ran"
     assert message(gate, 1) == "ran"
+
+
+@pytest.mark.parametrize("late", ["occupy", "vacate"])
+def test_a_soft_time_limit_that_strikes_beside_an_ordinary_task_leaves_no_slot_occupied(
+    late: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is meant for the task: raised in a call to the ledger, it kept the slot from all leases."""
+    ledger, calls = Ledger(), []
+
+    def called(name: str) -> bool:
+        calls.append(name)
+        if name == late and calls.count(name) == 1:
+            raise SoftTimeLimitExceeded
+        return True
+
+    monkeypatch.setattr(ledger, "occupy", lambda *_: called("occupy"))
+    monkeypatch.setattr(ledger, "vacate", lambda *_: called("vacate"))
+    assert message(gate_of(ledger, monkeypatch), None) == "ran"
+    assert calls == ["occupy", "vacate"] + ["vacate"] * (late == "vacate")
 
 
 def message(gate: Gate, entry: int | None, epoch: int = 2) -> Any:
