@@ -181,11 +181,22 @@ class LeaderScripts(ScriptCalls):
         """End an evacuation; False if it has to be finished first."""
         return bool(self._call("resume", state))
 
+    def deadlines(self, most: int) -> dict[str, int]:
+        """Workers, and when their heartbeats are overdue (ms of Redis' clock); the first ones."""
+        found: Any = self.client.zrange(self.keys.workers, 0, most - 1, withscores=True)
+        return {incarnation.decode(): int(due) for incarnation, due in found}
+
     def rescue(
-        self, state: str, fence: str, budget: int, looked: tuple[int, int] | None = None
+        self,
+        state: str,
+        fence: str,
+        budget: int,
+        looked: tuple[int, int] | None = None,
+        silent: Sequence[tuple[str, int]] = (),
     ) -> list[Any]:
         """See rescue.lua."""
-        answer: list[Any] = self._call("rescue", state, fence, budget, *(looked or ()))
+        known = [part for worker in silent for part in worker]
+        answer: list[Any] = self._call("rescue", state, fence, budget, *(looked or ()), *known)
         return answer
 
     def rebase(self, state: str, fence: str, credit_ms: int | None = None) -> bool:

@@ -16,6 +16,12 @@ more. What happens between the look and the rescue itself is seen by rescue.lua,
 old look
 (test_a_pause_between_the_look_and_the_rescue_gives_nobody_up).
 
+Jumps to and fro between two looks show nothing of themselves. So whatever that clock says, only a
+worker is given up whose deadline has stayed the same for three quarters of a timeout by our own
+clock: one that is alive moves it three times in a timeout
+(test_a_clock_that_jumps_to_and_fro_rescues_nobody_alive). That costs no time, as leader and
+candidates look four times in a timeout.
+
 Crash windows: rescue.lua takes out a bounded number of leases at a time; a rescue cut off half
 way is finished by the next pass, of whichever leader
 (test_what_a_lost_worker_held_goes_back_to_the_head_in_order).
@@ -45,6 +51,8 @@ class Rescuer:
 
     #: Leases that one script takes back at most.
     BATCH = 50
+    #: Workers whose deadlines are watched at most: the first ones to be overdue.
+    WATCHED = 1000
 
     def __init__(self, scripts: Scripts, state: str, settle_seconds: float) -> None:
         self._scripts = scripts
@@ -53,6 +61,8 @@ class Rescuer:
         self._last: tuple[str, float, float] | None = None
         self._moved = False
         self._credit = 0.0
+        #: Incarnation -> its deadline, and since when it is that (monotonic).
+        self._deadlines: dict[str, tuple[int, float]] = {}
         #: Whether another server answers than before; whoever acts on that sets it back.
         self.replaced = False
 
@@ -75,8 +85,11 @@ class Rescuer:
             if not self._scripts.rebase(self._state, fence, credit):
                 return -1
             self._moved, self._credit = False, 0.0
+            self._watch()
         while True:
-            answer = self._scripts.rescue(self._state, fence, self.BATCH, self._looked())
+            answer = self._scripts.rescue(
+                self._state, fence, self.BATCH, self._looked(), self._silent()
+            )
             if answer[0] == -1:
                 return -1
             if answer[0] == -2:
@@ -99,8 +112,10 @@ class Rescuer:
             )
 
     def look(self) -> None:
-        """Compare the server's clock with the last look, so that the next pass knows of a jump."""
+        """Compare the server's clock with the last look, so that the next pass knows of a jump; and
+        the workers' deadlines with what they were."""
         self._moved = self._clock_moved() or self._moved
+        self._watch()
 
     def unanswered(self) -> None:
         """Redis did not answer, or refused to: nobody's heartbeat need have got through."""
@@ -110,6 +125,26 @@ class Rescuer:
         if self._last is None:
             return None
         return int(self._last[1] * 1000), int(self.pause * 1000)
+
+    def _watch(self) -> None:
+        found = self._scripts.deadlines(self.WATCHED)
+        now, known = time.monotonic(), self._deadlines
+        self._deadlines = {}
+        for incarnation, due in found.items():
+            before, since = known.get(incarnation, (due, now))
+            self._deadlines[incarnation] = due, since if before == due else now
+
+    def _silent(self) -> list[tuple[str, int]]:
+        """Workers that may be overdue, with their deadlines, which are the same for long."""
+        if self._last is None:
+            return []
+        latest = (self._last[1] + self.pause) * 1000
+        long_since = time.monotonic() - (self._settle_seconds - self.pause)
+        return [
+            (incarnation, due)
+            for incarnation, (due, since) in self._deadlines.items()
+            if since <= long_since and due <= latest
+        ]
 
     def _clock_moved(self) -> bool:
         run_id, server = server_clock(self._scripts.client, self._scripts.keys.prefix)

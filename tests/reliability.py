@@ -23,17 +23,10 @@ BEGIN, END = "<!-- reliability: begin -->", "<!-- reliability: end -->"
 HEAD = "| fault or outcome | pool or setting | what happens | law | |\n| --- | --- | --- | --- | --- |"
 #: Faults of the plan that no law proves: number -> name, and why.
 NOT_COVERED: dict[int, tuple[str, str]] = {
-    1: ("An idle pool process is killed", "Only with those that are killed in a task"),
-    8: ("All schedulers are gone for 60 s", "The mix has it for some seconds (kill_all)"),
-    12: ("A worker's event loop is blocked for 10 heartbeats", "Heartbeats come from a thread of their own; no law blocks the loop that long"),
     13: ("C code holds the GIL for longer than a lease", "A declared limit, as a frozen process is"),
     15: ("Redis is killed with appendfsync everysec", "What the server lost nobody can give back; how much was not measured"),
-    26: ("Connections are reset (RST)", "Measured below (`reset`), no law"),
-    30: ("Only the leader is cut off", "Only frozen and killed leaders"),
     33: ("Two masters after a partition", "What the old one took is lost (howto_redis.md); no law cuts a network in two"),
-    40: ("Clocks run at different rates", "Deadlines are counted by Redis' clock; no law bends a clock"),
     41: ("A host is suspended", "A frozen process tree stands in for it"),
-    50: ("A producer is killed while it sends, or repeats a publish", "As with plain Celery: a repeated publish may come twice"),
     51: ("Two versions of the library during a deploy", "There is one version"),
 }
 #: The plan's last number.

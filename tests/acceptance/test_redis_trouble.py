@@ -76,6 +76,12 @@ class System:
         self.producer.send(tag, task="long", ms=1000 * seconds)
         wait_for_run(self.history, lambda run: run.tag == tag)
 
+    def move_clock(self, seconds: int) -> None:
+        """The server's, from here on."""
+        ahead = int(self.ahead.read_text()) if self.ahead.exists() else 0
+        self.ahead.with_suffix(".new").write_text(str(ahead + seconds))
+        os.replace(self.ahead.with_suffix(".new"), self.ahead)
+
     def check(self, tag: str) -> None:
         """Everything goes on, and nothing was lost or run twice."""
         self.producer.send(tag, 3)
@@ -197,15 +203,28 @@ def test_a_jump_of_the_wall_clock_rescues_nobody_alive(system: System, hours: in
     tag = f"jump{hours}"
     system.long_task(tag)
     system.producer.send(tag, 3)
-    ahead = int(system.ahead.read_text()) if system.ahead.exists() else 0
-    system.ahead.with_suffix(".new").write_text(str(ahead + hours * 3600))
-    os.replace(system.ahead.with_suffix(".new"), system.ahead)
+    system.move_clock(hours * 3600)
     moved = int(system.client.time()[0]) - before
     assert 3500 < hours * moved < 3700, "the clock has jumped"
     wait_until(lambda: system.lines(system.beat, "changed its clock by"), what="that it noticed")
     system.producer.send_each([f"{tag}-{one}" for one in TAGS], 3)
     system.check(f"{tag}-after")
     assert not system.lines(system.beat, "is lost (no heartbeat)")
+    assert not system.lines(system.worker, "registers anew")
+
+
+@pytest.mark.skipif(not (shutil.which("gcc") or shutil.which("cc")), reason="needs a C compiler")
+@pytest.mark.proves("40: Redis' wall clock jumps to and fro, 40 times in 4 s", "nobody alive is rescued, nothing runs twice")
+def test_a_clock_that_jumps_to_and_fro_rescues_nobody_alive(system: System) -> None:
+    given_up = len(system.lines(system.beat, "is lost (no heartbeat)"))
+    system.long_task("strobe")
+    system.producer.send("strobe", 3)
+    for jump in range(40):
+        system.move_clock(3600 if jump % 2 == 0 else -3600)
+        system.producer.send(f"strobe-{jump % 3}")
+        time.sleep(0.1)  # the length of a jump
+    system.check("strobe-after")
+    assert len(system.lines(system.beat, "is lost (no heartbeat)")) == given_up
     assert not system.lines(system.worker, "registers anew")
 
 

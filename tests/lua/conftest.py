@@ -249,8 +249,9 @@ class _PipelineAhead(Pipeline):
 def client_ahead(client: Redis, ahead: Callable[[], float]) -> Any:
     """Calls scripts, and its pipelines that end with TIME say that the clock is so many seconds ahead."""
     return SimpleNamespace(
-        register_script=client.register_script, pipeline=lambda **_: _PipelineAhead(client, ahead)
-    )
+        register_script=client.register_script, zrange=client.zrange,
+        pipeline=lambda **_: _PipelineAhead(client, ahead),
+    )  # fmt: skip
 
 
 @pytest.fixture

@@ -172,10 +172,15 @@ class Later(Scripts):
 
     def __init__(self, bench: Bench, clock: Clock) -> None:
         super().__init__(bench.client, bench.scripts.keys)
+        self._bench = bench
         self.client = client_ahead(bench.client, lambda: clock.now)
 
-    def rescue(self, state: str, fence: str, budget: int, looked: object = None) -> list[Any]:
-        return super().rescue(state, fence, budget)
+    def rescue(
+        self, state: str, fence: str, budget: int, looked: object = None,
+        silent: Sequence[tuple[str, int]] = (),
+    ) -> list[Any]:
+        """Inside of scripts it is the real time."""
+        return super().rescue(state, fence, budget, (self._bench.now_ms(), 1000), silent)
 
 
 def is_there(bench: Bench, node: str) -> bool:
@@ -198,20 +203,60 @@ def test_the_time_in_which_redis_did_not_answer_is_not_held_against_anybody(
     rescuer.run(bench.fence)
     assert is_there(bench, "n")
     bench.overdue("n", -1)
-    clock.now += 1
+    assert passes_until_given_up(bench, clock, rescuer) == 7, "the time is given once"
+
+
+def passes_until_given_up(bench: Bench, clock: Clock, rescuer: Rescuer) -> int:
+    """Of one pass a second."""
+    for passes in range(1, 20):
+        clock.now += 1
+        rescuer.run(bench.fence)
+        if not is_there(bench, "n"):
+            return passes
+    raise AssertionError("not given up")
+
+
+@pytest.mark.proves("40: Redis' clock jumps to and fro unseen", "nobody is given up whose heartbeats come")
+def test_a_worker_whose_heartbeats_come_is_not_given_up_whatever_the_clock_says(bench: Bench, clock: Clock) -> None:
+    bench.lead()
+    bench.node("n", timeout_ms=8000)
+    rescuer = Rescuer(Later(bench, clock), "q", 8.0)
     rescuer.run(bench.fence)
-    assert not is_there(bench, "n"), "the time is given once"
+    for beat in range(20):
+        for _ in range(3):
+            bench.overdue("n", -3_600_000 + beat)  # noted while the clock was back, and seen when it is not
+            clock.now += 1
+            rescuer.run(bench.fence)
+        assert is_there(bench, "n")
+    bench.overdue("n", -3_600_000)
+    assert passes_until_given_up(bench, clock, rescuer) == 7, "three quarters of a timeout without one"
+
+
+def test_a_rescue_that_has_begun_is_gone_on_with_by_a_leader_that_has_seen_nothing(bench: Bench) -> None:
+    bench.lead()
+    bench.node("n", slots=2)
+    bench.send("a", 1)
+    bench.send("b", 1)
+    bench.admit()
+    bench.overdue("n")
+    assert bench.scripts.rescue("q", bench.fence, 1)[4] == 1, "there is more to do"
+    bench.overdue("n")
+    now = (bench.now_ms(), 1000)
+    assert bench.scripts.rescue("q", bench.fence, 1, now)[0] == 1
+    assert bench.scripts.rescue("q", bench.fence, 1, now)[0] == (1 if is_there(bench, "n") else 0)
 
 
 def test_a_pause_between_the_look_and_the_rescue_gives_nobody_up(bench: Bench) -> None:
     bench.lead()
     bench.node("n", timeout_ms=5000)
     bench.overdue("n", -1)
-    now = bench.now_ms()
-    assert bench.scripts.rescue("q", bench.fence, 10, (now - 1300, 1250)) == [-2]
-    assert bench.scripts.rescue("q", bench.fence, 10, (now + 3_600_000, 1250)) == [-2]
+    now, silent = bench.now_ms(), list(bench.scripts.deadlines(9).items())
+    assert bench.scripts.rescue("q", bench.fence, 10, (now - 1300, 1250), silent) == [-2]
+    assert bench.scripts.rescue("q", bench.fence, 10, (now + 3_600_000, 1250), silent) == [-2]
+    assert bench.scripts.rescue("q", bench.fence, 10, (now, 1250)) == [0, 0], "nothing is known of it"
+    assert bench.scripts.rescue("q", bench.fence, 10, (now, 1250), [("n", silent[0][1] - 1)]) == [0, 0]
     assert is_there(bench, "n")
-    assert bench.scripts.rescue("q", bench.fence, 10, (now, 1250))[0] == 1
+    assert bench.scripts.rescue("q", bench.fence, 10, (now, 1250), silent)[0] == 1
 
 
 def test_a_credit_never_reaches_beyond_a_whole_timeout(bench: Bench) -> None:

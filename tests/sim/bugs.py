@@ -44,17 +44,11 @@ class OnceOnlyGate(Gate):
         patience.patiently = patience.briefly  # type: ignore[method-assign,assignment]
 
 
-class BlindRescuer(Rescuer):
-    """Looks at the clock only while it leads, and trusts it the first time."""
+class ClockBoundRescuer(Rescuer):
+    """Believes Redis' clock alone, whatever it knows of the workers' deadlines."""
 
-    def look(self) -> None:
-        self._asked = True
-
-    def run(self, fence: str) -> float:
-        first = self._last is None
-        super().look()
-        self._moved = self._moved and not first
-        return super().run(fence)
+    def _silent(self) -> list[tuple[str, int]]:
+        return [(incarnation, due) for incarnation, (due, _) in self._deadlines.items()]
 
 
 class ForgetfulHeld(Held):
@@ -201,8 +195,8 @@ BUGS = {
                        ("if out > 0 and not (out == 1 and l.out[1].token) then", "if out > 0 then")]},
         ),
         Bug("discard-unasked", "a granted entry is ended although another copy of it may run", held=LonelyHeld),
+        Bug("clock-alone", "a worker is given up by Redis' clock alone, which may jump to and fro", rescuer=ClockBoundRescuer),
         # What the simulation found in celery_affinity itself, planted again.
-        Bug("blind-candidates", "who is elected after a jump of the clock does not know of it", rescuer=BlindRescuer),
         Bug("vacated-once", "an ordinary task that ended while Redis was away keeps its slot", gate=OnceOnlyGate),
         Bug("flush-forgets", "a reconnected node does not report what a process had just taken", held=ForgetfulHeld),
         Bug("uncounted-copies", "a refused second copy ends the report of the one that runs", held=UncountedHeld),

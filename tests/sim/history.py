@@ -278,8 +278,21 @@ class History:
         elif kind == "candidate up" and len(self.candidates) < 4:
             self._candidate()
         elif kind == "jump":
-            # Sizes that do not cancel out: a clock that jumps to and fro unseen is a declared limit.
-            self.world.jump(rng.choice([-31.7, -7.3, 3.1, 19.9]))
+            self._jump(rng.choice([-31.7, -7.3, 3.1, 19.9]))
+
+    def _jump(self, seconds: float) -> None:
+        """The clock jumps; at times to and fro, maybe before anybody looks."""
+        world, rng = self.world, self.world.rng
+        world.jump(seconds)
+
+        def strobe() -> None:
+            for sign in [-1, 1] * 3:
+                world.sleep(rng.choice([0.05, 0.5, 2.0]))
+                if world.faults:
+                    world.jump(sign * seconds)
+
+        if rng.random() < 0.5:
+            world.spawn("clock", Group("clock"), strobe)
 
     # Rest
 

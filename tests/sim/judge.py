@@ -101,7 +101,7 @@ class Judge:
     # What the ledger does
 
     def called(self, now: int, redis_us: int, call: Call, reply: Reply, late: bool) -> None:
-        """A script was called. `late`: the clock jumped after the caller looked at it."""
+        """A script was called. `late`: the clock jumped after the caller looked at it, or not long ago."""
         name, answer = call.name, reply.answer
         refused = answer in REFUSALS.get(name, ())
         if refused:
@@ -193,9 +193,10 @@ class Judge:
         if answer[0] != 1:
             return
         inc = answer[2].decode()
-        # A jump between the look at the clock and the rescue is a declared limit.
-        since = now - self.beats.get(inc, now - 10**12)
-        if since < self.limits.timeout_us - 1_000_000 and not late:
+        # After jumps that nobody has seen a beat may be as little as three quarters of a timeout ago.
+        since, timeout = now - self.beats.get(inc, now - 10**12), self.limits.timeout_us
+        early = since < timeout - 1_000_000
+        if early and (not late or since < timeout * 3 // 4):
             raise Violation("early", f"{inc} was given up {since / 1e6:.1f} s after its last beat")
         self.seen["rescued"] += 1
         self._gone(inc, answer[4])
@@ -203,7 +204,7 @@ class Judge:
             if run.inc == inc and not run.settled:
                 self.seen["runs past its lease"] += run.active
                 run.excused = run.given_up = True
-                run.granted = run.granted and not late
+                run.granted = run.granted and not early
 
     def _leave(self, now: int, redis_us: int, args: Any, answer: Any, late: bool) -> None:
         self._gone(str(args[0]), answer[1])

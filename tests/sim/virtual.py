@@ -164,6 +164,11 @@ class FakeClient:
         self._world.pause()
         return self._world.ledger.command("LRANGE", key, first, last)
 
+    def zrange(self, key: str, first: int, last: int, withscores: bool) -> list[tuple[bytes, float]]:
+        self._world.pause()
+        found = self._world.ledger.command("ZRANGE", key, first, last, "WITHSCORES")
+        return [(member, float(score)) for member, score in zip(found[::2], found[1::2], strict=True)]
+
     def hget(self, key: str, field: Any) -> Any:
         self._world.pause()
         return self._world.ledger.command("HGET", key, field)

@@ -126,8 +126,10 @@ class World:
     vacant: bool = False
     #: The step after which the server's clock jumped last.
     jumped_at: int = -2
-    #: By how much it was set back in all.
-    set_back: int = 0
+    #: When that was.
+    jumped_us: int = -(10**12)
+    #: What it was ahead at most.
+    most_ahead: int = START_US
     actors: list[Actor] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     #: Told of every message that was dispatched to an incarnation.
@@ -313,11 +315,17 @@ class World:
         sent = "".join(f" >{stamp.replace(' ', '/')}" for stamp, _ in reply.sent)
         self.note(f"{actor.name}: {call.name} {shown} = {_shown(reply.answer)}{sent}")
         self.arrivals, self.vacant = reply.arrivals, reply.vacant
-        late = self._looks.get(actor.name, -1) <= self.jumped_at
+        unseen = self._looks.get(actor.name, -1) <= self.jumped_at
+        late = unseen or self.now - self.jumped_us < self.judge.limits.timeout_us
         self.judge.called(self.now, self.redis_us, call, reply, late)
         for stamp, _ in reply.sent:
             self.on_sent(stamp.split(" ")[3])
         return reply
+
+    @property
+    def set_back(self) -> int:
+        """By how much the server's clock is behind what it once said."""
+        return self.most_ahead - self.ahead
 
     # What goes wrong with machines
 
@@ -338,8 +346,8 @@ class World:
         self.ledger.expire(self.redis_us)
         self.judge.time_passed(self.redis_us)
         self.ahead += int(seconds * 1e6)
-        self.set_back += max(0, -int(seconds * 1e6))
-        self.jumped_at = self.steps
+        self.most_ahead = max(self.most_ahead, self.ahead)
+        self.jumped_at, self.jumped_us = self.steps, self.now
 
 
 def _shown(answer: Any) -> str:
