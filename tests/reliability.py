@@ -24,7 +24,6 @@ HEAD = "| fault or outcome | pool or setting | what happens | law | |\n| --- | -
 #: Faults of the plan that no law proves: number -> name, and why.
 NOT_COVERED: dict[int, tuple[str, str]] = {
     13: ("C code holds the GIL for longer than a lease", "A declared limit, as a frozen process is"),
-    15: ("Redis is killed with appendfsync everysec", "What the server lost nobody can give back; how much was not measured"),
     33: ("Two masters after a partition", "What the old one took is lost (howto_redis.md); no law cuts a network in two"),
     41: ("A host is suspended", "A frozen process tree stands in for it"),
     51: ("Two versions of the library during a deploy", "There is one version"),

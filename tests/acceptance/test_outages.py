@@ -176,6 +176,24 @@ def test_redis_that_goes_in_the_middle_is_waited_for(
 
 
 @pytest.mark.proves(
+    "15: Redis' process is killed with appendfsync everysec, three times",
+    "nothing is lost: the operating system has what was written (a machine without power may lose 2 s)",
+)
+def test_a_redis_that_is_killed_with_appendfsync_everysec_loses_nothing(
+    cluster: Cluster, server: Server, history_path: Path, producer: Producer
+) -> None:
+    start(cluster, "w1", "w2")
+    wait_for_nodes(producer.affinity, 2)
+    for kill in range(3):
+        assert server.client().config_set("appendfsync", "everysec")
+        producer.send_each(TAGS * 2, 10, ms=10)
+        wait_until(starts_are(history_path, 60 * (kill + 1)), what=f"{60 * (kill + 1)} starts")
+        server.kill()
+        server.start()
+    assert finished(history_path).reruns() == 0
+
+
+@pytest.mark.proves(
     "25: connections are killed while a result is half read",
     "the slot and its tag go on",
 )
