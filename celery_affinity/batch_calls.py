@@ -239,6 +239,8 @@ class BatchTask:
         try:
             request = self._request(json.loads(raw), hostname)
             own = Run(stamp, request["id"], request.get("retries") or 0, run.token)
+        except SoftTimeLimitExceeded:  # meant for the call, which has not begun
+            return self._read(run, place, entry, raw, hostname)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"[:1000]
             logger.warning(

@@ -139,6 +139,8 @@ class _RetryCatcher:
     def publish(self, body: Any, **options: Any) -> Any:
         """Keep the retry; pass on whatever else is published on the way (events)."""
         headers = options.get("headers") or {}
+        if headers.get(TAG_HEADER) is None and (lease := current()) is not None:
+            headers = {**headers, TAG_HEADER: lease.tag}  # self.retry(headers=...) has its own only
         if headers.get("id") != self._run.task_id or "task" not in headers:
             return self._producer.publish(body, **options)
         properties = {

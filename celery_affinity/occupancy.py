@@ -77,12 +77,20 @@ class Occupancy:
                 self._patience.briefly(partial(self._scripts.occupy, one, self._slot, token))
             return ordinary_task()
         finally:
-            # Patiently: a slot that is not vacated takes no lease as long as its process lives.
-            # Further shards hear of it by the node's next look, too (slot_exchange.py).
-            self._patience.patiently(partial(self._scripts.vacate, first, token))
-            for one in others:
-                if not self._patience.briefly(partial(self._scripts.vacate, one, token)):
-                    self._untold.add(one)
+            self._vacate(first, others, token)
+
+    def _vacate(self, first: str, others: Sequence[str], token: str) -> None:
+        # Patiently: a slot that is not vacated takes no lease as long as its process lives.
+        # Further shards hear of it by the node's next look, too (slot_exchange.py).
+        vacate = partial(self._scripts.vacate, first, token)
+        try:
+            self._patience.patiently(vacate)
+        except BaseException:  # a greenlet's time limit, which is meant for the task
+            self._patience.patiently(vacate)
+            raise
+        for one in others:
+            if not self._patience.briefly(partial(self._scripts.vacate, one, token)):
+                self._untold.add(one)
 
     def _tell_soon(self, incarnations: Sequence[str] | set[str]) -> None:
         briefly = self._patience.briefly

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from celery.exceptions import SoftTimeLimitExceeded
@@ -31,26 +32,25 @@ class Patience:
         """The answer, asked for as long as Redis is away."""
         pause = 0.05
         while True:
-            try:
-                answer = call()
-            except RedisError as error:
-                self._reachability.unanswered(error)
-                time.sleep(pause)
-                pause = min(pause * 2, 1.0)
-            except SoftTimeLimitExceeded:
-                continue
-            else:
-                self._reachability.answered()
-                return answer
+            with suppress(SoftTimeLimitExceeded):
+                try:
+                    answer = call()
+                except RedisError as error:
+                    self._reachability.unanswered(error)
+                    time.sleep(pause)
+                    pause = min(pause * 2, 1.0)
+                else:
+                    self._reachability.answered()
+                    return answer
 
     def briefly(self, call: Callable[[], object]) -> bool:
         """Ask once, for what only tunes. Whether it was answered."""
-        try:
-            call()
-        except RedisError as error:
-            self._reachability.unanswered(error)
-            return False
-        except SoftTimeLimitExceeded:
-            return False
-        self._reachability.answered()
-        return True
+        with suppress(SoftTimeLimitExceeded):
+            try:
+                call()
+            except RedisError as error:
+                self._reachability.unanswered(error)
+            else:
+                self._reachability.answered()
+                return True
+        return False

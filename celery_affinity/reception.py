@@ -63,7 +63,11 @@ class Strategy:
         return type(
             "DispatchedRequest",
             (DispatchedRequest, stock_class),
-            {"affinity_ends": self.ends, "affinity_in_process": not consumer.pool.uses_semaphore},
+            {
+                "affinity_ends": self.ends,
+                "affinity_in_process": not consumer.pool.uses_semaphore,
+                "affinity_pool": consumer.pool,
+            },
         )
 
     def __call__(self, message: Any, body: Any, ack: Any, reject: Any, callbacks: Any) -> Any:

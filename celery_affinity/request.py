@@ -60,6 +60,7 @@ class DispatchedRequest:
     affinity_ends: LedgerEnds
     #: Whether tasks run in this process: one over its limit has ended when that is reported.
     affinity_in_process: bool
+    affinity_pool: Any
     id: str
     name: str
     task: Any
@@ -307,9 +308,13 @@ class DispatchedRequest:
         """Its process is being stopped. Where slots are no processes only this keeps its tag from
         going on meanwhile (test_a_tag_waits_for_a_terminated_process_that_takes_its_time).
         """
+        pid = self.worker_pid
+        # gevent's pool has its greenlets by number as long as they run (Celery 5.4 to 5.7).
+        greenlets = getattr(self.affinity_pool, "_pool_map", None)
         if not self.affinity_in_process:
-            gone = partial(_is_gone, self.worker_pid)
-            self.affinity_ends.held.stopping(self.affinity_stamp, gone)
+            self.affinity_ends.held.stopping(self.affinity_stamp, partial(_is_gone, pid))
+        elif greenlets is not None:
+            self.affinity_ends.held.stopping(self.affinity_stamp, lambda: pid not in greenlets)
 
     def _vanish(self) -> None:
         worker_state.task_ready(self)

@@ -138,7 +138,7 @@ class Starts:
             asked = seconds()
             code, found = patiently(ask)
             if code == HEARTBEAT_LATE:
-                time.sleep(0.05)
+                patiently(lambda: time.sleep(0.05))
             elif code != 1 or seconds() - asked < self._trust_seconds:
                 return code, found
 

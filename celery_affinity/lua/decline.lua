@@ -2,7 +2,8 @@
 --
 -- KEYS[1] namespace prefix     ARGV incarnation, slot, entry, epoch, start token
 -- Returns 1 the entry counts as not started: its message asks again, or (the node drains, or serves
---         the queue no more) it goes back to the head of its tag; 0 not this caller's (any more), or its
+--         the queue no more; the tag or its queue was paused, moved, or given another limit meanwhile) it
+--         goes back to the head of its tag; 0 not this caller's (any more), or its
 --         call has mates: it runs
 -- @include base
 -- @include ring
@@ -18,7 +19,8 @@ if not leased or l.epoch ~= epoch or not first or first.entry ~= entry or first.
 end
 first.token = nil
 local w = worker(inc)
-if w and w.active and serves(w, l.q, i) then
+local goes_on = w and w.active and serves(w, l.q, i) and l.cn == 1 and not conf(l.q).still
+if goes_on and not on_hold(l.q, l.tag) and not barred(l.q, l.tag, inc) then
   save_lease(l)
   return 1
 end

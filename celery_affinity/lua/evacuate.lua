@@ -22,7 +22,7 @@ for k = 2, #ARGV do
   local entry = ARGV[k]
   local raw = redis.call('HGET', messages, entry)
   if raw then
-    local tag = tag_text(cjson.decode(raw).headers.identify_tag)
+    local tag = tag_text(header(raw, 'identify_tag'))
     local backlog = backlog_key(q, tag)
     redis.call('LREM', backlog, 1, entry)
     redis.call('ZREM', queue_key(q, 'eta'), entry .. ':' .. tag)

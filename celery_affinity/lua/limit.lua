@@ -36,7 +36,9 @@ end
 if #slots > 0 and not same then
   local _, running, empty = unstart(q, tag)
   for _, l in ipairs(running) do
-    l.cn = #running > n and 0 or n
+    -- A start that is only granted may be declined: nothing behind it may start before that.
+    local waits = l.cn == 1 and n > 1 and is_granted(l, l.out[1])
+    l.cn = waits and 1 or #running > n and 0 or n
     redis.call('HSET', slot_key(l.inc, l.i), 'cn', l.cn)
   end
   set_free(empty)

@@ -14,6 +14,26 @@
 -- @include match
 -- @include admit_entry
 -- @include tend
+
+-- A tag that waits for a worker that may know its task, and none is left: it goes to any, which ends it.
+-- A few at a time, from where the last pass stopped.
+local function forget_needs(q)
+  local needs, config = queue_key(q, 'needs'), queue_key(q, 'conf')
+  local page = redis.call('HSCAN', needs, redis.call('HGET', config, 'lacking'), 'COUNT', 10)
+  redis.call('HSET', config, 'lacking', page[1])
+  local workers = redis.call('ZRANGE', P .. 'workers', 0, 99)
+  for k = 1, #page[2], 2 do
+    local tag, task, found = page[2][k], page[2][k + 1], false
+    for _, inc in ipairs(workers) do
+      local w = worker(inc)
+      found = w and w.active and w.slots[q] ~= nil
+        and redis.call('SISMEMBER', worker_key(inc, 'lacks'), task) == 0
+      if found then break end
+    end
+    if not found then redis.call('HDEL', needs, tag) end
+  end
+end
+
 local q, fence, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
 if not in_term(q, fence) then return {-1} end
 redis.call('DEL', queue_key(q, 'wake'))
@@ -32,17 +52,15 @@ for _, member in ipairs(due) do
     awaken(q, tag)
   end
 end
-local waits = {eta}
-if conf(q).ordered > 0 then
-  local hold = queue_key(q, 'hold')
-  for _, tag in ipairs(redis.call('ZRANGEBYSCORE', hold, '-inf', text(NOW), 'LIMIT', 0, limit)) do
-    redis.call('ZREM', hold, tag)
-    enlist(q, tag)
-  end
-  waits[2] = hold
+-- Also where retries are not ordered any more: one that was put on hold before goes on when it is due.
+local hold = queue_key(q, 'hold')
+for _, tag in ipairs(redis.call('ZRANGEBYSCORE', hold, '-inf', text(NOW), 'LIMIT', 0, limit)) do
+  redis.call('ZREM', hold, tag)
+  enlist(q, tag)
 end
+if conf(q).lacking then forget_needs(q) end
 local soonest = match(q, 100, true)
-for _, key in ipairs(waits) do
+for _, key in ipairs({eta, hold}) do
   local following = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
   if following[2] and following[2] ~= 'inf' then  -- a halted tag waits for an operator
     local left = math.max(0, tonumber(following[2]) - NOW)

@@ -508,6 +508,16 @@ def test_a_tag_waits_for_a_terminated_process_that_takes_its_time(
     assert not beside_each_other(tags[""].runs)
 
 
+def test_a_tag_waits_for_a_terminated_greenlet_that_takes_its_time(
+    cluster: Cluster, history_path: Path, producer: Producer
+) -> None:
+    cluster.worker(OUTCOMES, queues="jobs", concurrency=2, environ=QUICK, extra=LEAN, pool="gevent")
+    wait_for_nodes(producer.affinity, 1)
+    tags = {"": Tag("tag", "gevent", producer)}
+    assert not play({"": terminated(tags[""], "SIGTERM", after_ms=2500)}, tags, history_path)
+    assert not beside_each_other(tags[""].runs)
+
+
 @pytest.mark.proves(
     "outcome: MemoryError",
     "FAILURE is stored; then Celery ends the worker, and what it held runs on another one",

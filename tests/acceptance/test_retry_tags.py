@@ -31,3 +31,15 @@ def test_a_retry_with_another_tag_is_a_task_of_that_tag(
     history.assert_lawful()  # above all: no two of "to" at once
     assert [(run.tag, run.retries) for run in history.runs] == [("to", 1)] * 3
     wait_until(lambda: producer.affinity.stats("jobs").entries == 0, what="nothing is left")
+
+
+def test_a_retry_with_headers_of_its_own_keeps_its_tag(cluster: Cluster, history_path: Path) -> None:
+    """It had none: three starts later it was a dead letter."""
+    producer = Producer(cluster.broker_url)
+    cluster.worker("acceptance.apps.hopping", queues="jobs", environ=QUICK, extra=LEAN)
+    wait_for_nodes(producer.affinity, 1)
+    producer.app.send_task("jobs.plain_retry", ("tag", 0), queue="jobs", headers={"identify_tag": "tag"})
+    wait_for_ends(history_path, 2)
+    assert [(run.tag, run.retries) for run in History.load(history_path).runs] == [("tag", 0), ("tag", 1)]
+    wait_until(lambda: producer.affinity.stats("jobs").entries == 0, what="nothing is left")
+    assert not producer.affinity.dead_letters("jobs")

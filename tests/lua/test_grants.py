@@ -6,6 +6,7 @@ import pytest
 
 from celery_affinity.held import Held
 from celery_affinity.message import Stamp
+from celery_affinity.operator_scripts import OperatorScripts
 
 from .conftest import Bench, Copy, Node
 
@@ -318,3 +319,25 @@ def test_on_threads_a_copy_that_runs_beside_a_later_one_is_held_after_a_reconnec
         assert held.names() == ["0:7:1:2", "0:7:1:1:?"]
         held.accepted(later, "later")
         assert held.names() == names
+
+
+@pytest.mark.parametrize("how", ["pause_tag", "pause", "move", "limit"])
+def test_a_declined_grant_obeys_what_an_operator_did_meanwhile(bench: Bench, how: str) -> None:
+    node, second = granted(bench)
+    third, other = node.take(), bench.node("m", slots=1)
+    operator = OperatorScripts(bench.client, bench.scripts.keys)
+    {
+        "pause_tag": lambda: operator.pause_tag("q", "a"),
+        "pause": lambda: operator.pause("q"),
+        "move": lambda: operator.move("q", "a", "m", 3600),
+        "limit": lambda: operator.limit("q", "a", 2, "set"),
+    }[how]()  # type: ignore[no-untyped-call]
+    assert other.receive() is None, "nothing overtakes what may have begun"
+    assert second.decline(GRANT)
+    assert third.start("third") != 1
+    if how == "limit":
+        assert second.start("again") == 1, "it is the oldest of its tag"
+        return
+    assert second.start("again") != 1
+    moved = other.receive()
+    assert (moved and moved.id) == (second.id if how == "move" else None)

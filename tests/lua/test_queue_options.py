@@ -324,3 +324,47 @@ def test_a_worker_that_comes_later_gets_what_the_others_do_not_know(bench: Bench
     assert first.discard("unknown", "t") == 2
     newest = bench.node("newest")
     assert newest.drain_all() == ["a-1"]
+
+
+@pytest.mark.parametrize("how", ["is rescued", "leaves"])
+def test_an_unknown_task_is_buried_when_the_last_worker_that_might_know_it_is_gone(bench: Bench, how: str) -> None:
+    """Its tag waited for that worker, for ever."""
+    bench.lead()
+    idle, busy = bench.node("idle"), bench.node("busy")
+    for tag in ("b", "c"):
+        bench.send(tag, 1)
+    bench.admit_all()
+    running = busy.take()
+    assert running.start() == 1
+    assert idle.take().run() == "empty"
+    bench.send("a", 1)
+    bench.admit_all()
+    assert idle.take().discard("unknown", "t") == 2, "the other one may know it"
+    bench.promote()
+    assert idle.receive() is None, "it waits for that one"
+    if how == "leaves":
+        bench.scripts.drain("busy")
+        running.settle()
+        bench.scripts.leave("busy")
+    else:
+        bench.overdue("busy")
+        assert bench.scripts.rescue("q", bench.fence, 100)[0] == 1
+        assert idle.take().id == running.id
+        return_of = bench.client.hget(bench.queue_key("needs"), "a")
+        assert return_of == b"t"
+    bench.promote()
+    assert bench.client.hget(bench.queue_key("needs"), "a") is None
+
+
+def test_a_retry_on_hold_goes_on_when_retries_are_not_ordered_any_more(bench: Bench) -> None:
+    """Nobody looked for it any more: its tag waited until a new task of it came, with another tag paused for ever."""
+    bench.lead(ordered=60_000)
+    node = bench.node("n")
+    bench.send("a", 1, 2)
+    bench.admit_all()
+    first = node.take()
+    assert first.start() == 1
+    assert first.settle("done", bench.retry_of(first), bench.now_ms() + 20) == "retry"
+    bench.lead(ordered=0)
+    wait_until(lambda: bench.promote() and bench.client.llen(node.list) == 1, what="its dispatch")
+    assert node.drain_all() == ["a-1", "a-2"]

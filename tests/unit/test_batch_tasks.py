@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from celery import Celery, Task
-from celery.exceptions import MaxRetriesExceededError
+from celery.exceptions import MaxRetriesExceededError, SoftTimeLimitExceeded
 
 from celery_affinity import (
     Affinity,
@@ -17,9 +17,12 @@ from celery_affinity import (
     BatchResultError,
     TagError,
     affinity_task,
+    batch_calls,
     current,
 )
 from celery_affinity.batches import results_of
+from celery_affinity.message import Stamp, envelope
+from celery_affinity.running import Run
 
 _numbers = count()
 
@@ -152,3 +155,27 @@ def test_what_was_yielded_before_an_error_counts() -> None:
 
     first, second = results_of(work, REQUESTS)
     assert (first, str(second.error)) == (1, "bad")
+
+
+def test_a_soft_time_limit_that_strikes_while_a_call_is_read_buries_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, reads = Celery("x", set_as_current=False), []
+
+    @app.task(name="t")
+    def task() -> None:
+        """Only read here."""
+
+    decoded = batch_calls.decoded_body
+
+    def struck_once(*arguments: Any) -> Any:
+        reads.append(1)
+        if len(reads) == 1:
+            raise SoftTimeLimitExceeded
+        return decoded(*arguments)
+
+    monkeypatch.setattr(batch_calls, "decoded_body", struck_once)
+    raw = envelope([[], {}, {}], {"id": "second", "task": "t"}, {}, serializer="json", compression=None, routing_key="q")
+    run = Run(Stamp("1", "2", "3", "inc", 0, 1, 1, "jobs"), "first", 0, "token")
+    first = {"id": "first", "args": (), "kwargs": {}}
+    call = batch_calls.BatchTask(task).call(run, first, [("2", raw)])
+    assert len(reads) == 2
+    assert "bury" not in [outcome for _, outcome, _ in call.ends(run, "done", ())]

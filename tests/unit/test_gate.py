@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
+from gevent import Timeout
 from redis.exceptions import ConnectionError
 
 from celery_affinity import gate as gate_module
@@ -147,6 +148,61 @@ def test_a_soft_time_limit_that_strikes_beside_an_ordinary_task_leaves_no_slot_o
     monkeypatch.setattr(ledger, "vacate", lambda *_: called("vacate"))
     assert message(gate_of(ledger, monkeypatch), None) == "ran"
     assert calls == ["occupy", "vacate"] + ["vacate"] * (late == "vacate")
+
+
+@pytest.mark.parametrize("away, entry", [("start", 1), ("settle", 1), ("vacate", None)])
+def test_a_soft_time_limit_that_strikes_while_the_gate_waits_for_redis_is_let_pass(
+    away: str, entry: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was raised in the wait: what had succeeded failed, and a slot stayed occupied."""
+    ledger, calls = Ledger((1, 0.0)), []
+    answers = getattr(ledger, away)
+
+    def once_away(*arguments: Any, **named: Any) -> Any:
+        calls.append(away)
+        if len(calls) == 1:
+            raise ConnectionError("away")
+        return answers(*arguments, **named)
+
+    gate = gate_of(ledger, monkeypatch)
+    monkeypatch.setattr(ledger, away, once_away)
+    strike_in_the_first_wait(monkeypatch)
+    assert message(gate, entry) == "ran"
+    assert len(calls) == 2
+
+
+def test_a_soft_time_limit_that_strikes_while_the_heartbeat_is_late_is_let_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = gate_of(Ledger((-5, 0.0), (1, 0.0)), monkeypatch)
+    strike_in_the_first_wait(monkeypatch)
+    assert message(gate, 1) == "ran"
+
+
+def strike_in_the_first_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 1:
+            raise SoftTimeLimitExceeded
+
+    monkeypatch.setattr(gate_module.time, "sleep", sleep)
+
+
+def test_a_greenlets_time_limit_that_strikes_while_its_slot_is_vacated_leaves_none_occupied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ledger, calls = Ledger(), []
+
+    def vacate(*_: Any) -> bool:
+        calls.append("vacate")
+        if len(calls) == 1:
+            raise Timeout(1)
+        return True
+
+    monkeypatch.setattr(ledger, "vacate", vacate)
+    with pytest.raises(Timeout):
+        message(gate_of(ledger, monkeypatch, slot=None), None)
+    assert len(calls) == 2
 
 
 def message(gate: Gate, entry: int | None, epoch: int = 2) -> Any:

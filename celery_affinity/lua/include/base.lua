@@ -91,6 +91,16 @@ local function ring_bell(q)
   if redis.call('LLEN', bell) == 0 then redis.call('LPUSH', bell, '1') end
 end
 
+-- A header of a message. Python admits what cjson cannot read: a lone surrogate in some header.
+local function header(raw, name)
+  local ok, m = pcall(cjson.decode, raw)
+  if ok then return m.headers[name] end
+  local found = string.match(raw, '"' .. name .. '":%s*("[^"]*")')
+    or string.match(raw, '"' .. name .. '":%s*(-?%d+)')
+  ok, m = pcall(cjson.decode, '[' .. (found or '') .. ']')
+  return ok and m[1] or nil
+end
+
 local CONF = {}
 local function conf(q)
   local c = CONF[q]

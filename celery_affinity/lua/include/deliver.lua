@@ -13,8 +13,8 @@ local function revoked_note(q, tag, entry, raw)
   if not conf(q).revoked then return '' end
   local last = redis.call('HGET', queue_key(q, 'gone'), tag)
   if last and tonumber(entry) <= tonumber(last) then return '"affinity_revoked": true, ' end
-  local id = cjson.decode(raw).headers.id
-  return redis.call('ZSCORE', P .. 'revoked', id) and '"affinity_revoked": true, ' or ''
+  local id = header(raw, 'id')
+  return id and redis.call('ZSCORE', P .. 'revoked', id) and '"affinity_revoked": true, ' or ''
 end
 
 -- Send (again) what lease l has out at position k (1 or 2); false if its message is gone.

@@ -12,6 +12,15 @@ from celery_affinity import affinity_task, current
 __all__ = ("app",)
 
 
+@app.task(bind=True, name="jobs.plain_retry")
+def plain_retry(self: Task, tag: str, seq: int) -> int:
+    """An ordinary task that was sent with a tag, and sends its retry with headers of its own."""
+    with recorded(self, tag, seq):
+        if not self.request.retries:
+            raise self.retry(headers={"mine": 1}, countdown=0)
+    return seq
+
+
 @affinity_task(queue="jobs", tag_from="tag", bind=True, name="jobs.hop")
 def hop(self: Task, tag: str, seq: int, to: str) -> int:
     """Become a task of another tag."""
