@@ -7,6 +7,7 @@
 -- @include deliver
 -- @include lease
 -- @include match
+-- @include unstart
 -- @include forget
 local back, more = forget_worker(ARGV[1], tonumber(ARGV[2]))
 return {back, more and 1 or 0}

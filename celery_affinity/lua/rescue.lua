@@ -14,6 +14,7 @@
 -- @include deliver
 -- @include lease
 -- @include match
+-- @include unstart
 -- @include forget
 local q, fence, budget = ARGV[1], ARGV[2], tonumber(ARGV[3])
 if not in_term(q, fence) then return {-1} end

@@ -6,18 +6,22 @@ local function forget_worker(inc, budget, lost)
   local w = worker(inc)
   local info = worker_key(inc, 'info')
   local touched, back, done = {}, 0, 0
+  if w then w.active = false end  -- none of its slots is given anything any more
   for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
     if done == budget then
       redis.call('HSET', info, 'state', 'leaving')
       return back, true
     end
-    local l = load_lease(inc, i)
-    local given_back = take_back(l, true)
-    back = back + given_back
-    if lost then count(l.q, 'rescued', given_back) end
-    release(l, true)
-    touched[l.q] = true
-    done = done + 1
+    local l, leased = load_lease(inc, i)
+    if leased then  -- one of a tag that has been halted here may have ended with that
+      local given_back = take_back(l, true)
+      back = back + given_back
+      if lost then count(l.q, 'rescued', given_back) end
+      release(l, true)
+      halt_others(l)
+      touched[l.q] = true
+      done = done + 1
+    end
   end
   if w then
     for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'idle'))) do
