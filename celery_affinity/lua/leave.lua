@@ -1,6 +1,7 @@
 -- leave: a node has stopped and no process of it runs any more; it takes itself out.
 --
--- KEYS[1] namespace prefix     ARGV incarnation, how many leases at most
+-- KEYS[1] namespace prefix     ARGV incarnation, how many leases at most (but the last one's tag
+--         gives back all that it has there)
 -- Returns {given back, more}
 -- @include base
 -- @include ring
