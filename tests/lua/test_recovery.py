@@ -72,7 +72,7 @@ def test_two_leases_of_a_tag_are_given_back_in_one_step_so_that_the_older_entry_
         if how == "rescued":
             more = bool(bench.scripts.rescue("q", bench.fence, 1)[4])
         else:
-            more = bool(bench.scripts._call("leave", "lost", 1)[1])  # noqa: SLF001
+            more = bool(bench.scripts._call("leave", "lost", 1)[1])
         bench.promote()  # or any other step that brings tags and slots together
     assert alive.drain_all() == ["a-1", "a-2", "a-3"]
     assert not bench.client.exists(bench.queue_key("held"), bench.queue_key("unst"))

@@ -23,12 +23,20 @@ local function unstart(q, tag, spared)
   return back, running, empty
 end
 
-local function set_free(leases)
+local function let_go(leases)
   for _, l in ipairs(leases) do release(l, true) end
+end
+
+local function employ(leases)
   for _, l in ipairs(leases) do
     local w = worker(l.inc)
     if w then take(l.inc, l.i, w) end
   end
+end
+
+local function set_free(leases)
+  let_go(leases)
+  employ(leases)
 end
 
 -- After the lease l was released: if what ended in it has halted its tag (on_failure), what other slots
