@@ -14,6 +14,7 @@
 -- @include deliver
 -- @include lease
 -- @include match
+-- @include unstart
 -- @include proceed
 -- @include go_on
 

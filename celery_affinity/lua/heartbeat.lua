@@ -23,6 +23,7 @@
 -- @include deliver
 -- @include lease
 -- @include match
+-- @include unstart
 local inc, beat, grace = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local w = worker(inc)
 if not w then return {0} end
@@ -97,6 +98,7 @@ for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
   if missing and missed > 0 and NOW - missed >= w.timeout / 10 then
     back = back + take_back(l, true)
     release(l, true)
+    halt_others(l)
     take(inc, i, w)
     match(l.q, 10)
   elseif ordinary[i] and l.out[1] and not l.out[1].token and NOW - l.t >= grace

@@ -9,6 +9,7 @@
 -- @include deliver
 -- @include lease
 -- @include match
+-- @include unstart
 local inc, i, entry, epoch = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local l, leased = load_lease(inc, i)
 if not leased or l.epoch ~= epoch or not l.out[1] or l.out[1].entry ~= entry then
@@ -17,6 +18,7 @@ end
 -- The lease ends with the process: what is dispatched to its successor has a new epoch.
 take_back(l, true, true)
 release(l, true)
+halt_others(l)
 local w = worker(inc)
 if w then take(inc, i, w) end
 match(l.q, 10)

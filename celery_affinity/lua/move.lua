@@ -3,8 +3,8 @@
 -- KEYS[1] namespace prefix     ARGV queue, tag, incarnation, for how long (ms)
 -- Returns {1, entries given back that had not started}; {0, 0} no other worker holds the tag, and that
 --         one does; {-1, 0} that worker takes no work of the queue; {-2, moves under way} too many
--- The tag waits for a slot of that worker while others may be free, until the time is over or the worker
--- stops; at most 32 do. A repeat changes nothing but the time.
+-- The tag waits for a slot of that worker while others may be free, until that one holds it and no other
+-- one does, the time is over or the worker stops; at most 32 do. A repeat changes nothing but the time.
 -- @include base
 -- @include ring
 -- @include deliver
@@ -29,12 +29,19 @@ if here and not elsewhere then
 end
 local others = redis.call('HLEN', moves) - redis.call('HEXISTS', moves, tag)
 if others >= 32 then return {-2, others} end
+local back, _, empty = unstart(q, tag, inc)
+-- Before the move is noted: where that worker has the tag already it would be over with these leases, and
+-- their slots could have the tag again before a free one there.
+let_go(empty)
 redis.call('HSET', moves, tag, inc .. ' ' .. text(NOW + ms))
 redis.call('PEXPIRE', moves, ms)
 redis.call('HSET', queue_key(q, 'conf'), 'moving', '1')
 conf(q).moving = true
-local back, _, empty = unstart(q, tag, inc)
-set_free(empty)
+employ(empty)
 enlist(q, tag)
 match(q, 10)
+if destination(q, tag) == inc then
+  end_move(q, tag, inc)
+  match(q, 10)
+end
 return {1, back}

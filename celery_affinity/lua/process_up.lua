@@ -7,6 +7,7 @@
 -- @include deliver
 -- @include lease
 -- @include match
+-- @include unstart
 local inc, i = ARGV[1], ARGV[2]
 local w = worker(inc)
 if not w then return 0 end
@@ -19,6 +20,7 @@ local l, leased = load_lease(inc, i)
 if leased and l.out[1] and l.out[1].token then
   take_back(l, true)
   release(l, true)
+  halt_others(l)
   take(inc, i, w)
   match(l.q, 10)
 elseif was_busy and not leased then

@@ -1,10 +1,10 @@
 -- rescue: take out one worker whose heartbeat is overdue.
 --
 -- KEYS[1] namespace prefix
--- ARGV    queue, fence, how many leases at most, Redis' clock when the leader looked at it (ms), for how
---         long that look is good (ms), then incarnation and deadline of each worker whose deadline has
---         been the same for long by the leader's own clock: others are not taken out, unless their
---         rescue has begun. Without the last ones whatever is overdue is.
+-- ARGV    queue, fence, how many leases at most (but the last one's tag gives back all that it has there),
+--         Redis' clock when the leader looked at it (ms), for how long that look is good (ms), then
+--         incarnation and deadline of each worker whose deadline has been the same for long by the
+--         leader's own clock: others are not taken out, unless their rescue has begun. Without the last ones whatever is overdue is.
 -- Returns {-1} not the leader; {-2} the look is too old, or the clock has jumped since: look again;
 --         {0, ms until the next worker can be overdue, or -1 without workers};
 --         {1, node name, incarnation, entries given back, more}
@@ -14,6 +14,7 @@
 -- @include deliver
 -- @include lease
 -- @include match
+-- @include unstart
 -- @include forget
 local q, fence, budget = ARGV[1], ARGV[2], tonumber(ARGV[3])
 if not in_term(q, fence) then return {-1} end

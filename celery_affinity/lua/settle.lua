@@ -62,6 +62,7 @@ if plain then
   end
 end
 -- @include match
+-- @include unstart
 -- @include admit_entry
 -- @include go_on
 -- @include keep_place

@@ -11,6 +11,7 @@
 -- @include lease
 -- @include proceed
 -- @include match
+-- @include unstart
 -- @include admit_entry
 -- @include go_on
 -- @include keep_place

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from celery_affinity.dead import DeadLetters
 from celery_affinity.delivery import SameRedisDelivery
 from celery_affinity.intake import Intake, no_tag
 from celery_affinity.ledger import Ledger
+from celery_affinity.operator_scripts import OperatorScripts
 from celery_affinity.settings import AffinityQueue
 from celery_affinity.tag_lists import tags
 from celery_affinity.topology import RedisNames
@@ -346,6 +349,78 @@ def test_with_more_concurrency_a_tag_is_blocked_until_each_of_its_failures_is_de
     assert letters(bench).requeue([first], None) == 1
     assert node.drain_all() == ["a-1", "a-2", "a-4", "a-5"]
     assert leftovers(bench) == []
+
+
+def settle_call(copy: Copy) -> None:
+    s = copy.stamp
+    end = (s.entry, "failed", ("no", ""))
+    copy.node.bench.scripts.settle_batch(s.incarnation, s.slot, s.entry, s.epoch, copy.token, [end])
+
+
+def miss_beats(copy: Copy) -> None:
+    """Two heartbeats that do not hold it, a tenth of the timeout apart."""
+    bench = copy.node.bench
+    bench.client.hset(bench.scripts.keys.worker(copy.node.name, "info"), "timeout", 1)
+    copy.node.beat(1)
+    time.sleep(0.005)
+    copy.node.beat(2)
+
+
+def rescue(copy: Copy) -> None:
+    bench = copy.node.bench
+    bench.overdue(copy.node.name)
+    while bench.scripts.rescue("q", bench.fence, 1)[0] == 1:
+        pass
+
+
+FAILURES: dict[str, Callable[[Copy], Any]] = {
+    "failed": lambda copy: copy.settle("failed", "no", ""),
+    "buried": lambda copy: copy.settle("bury", "no"),
+    "failed in a call": settle_call,
+    "lost process": Copy.lost,
+    "new process": lambda copy: copy.node.bench.scripts.process_up("n", copy.stamp.slot),
+    "missed": miss_beats,
+    "lost worker": rescue,
+    "left": lambda copy: copy.node.bench.scripts.leave("n"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failure_takes_back_what_is_dispatched_to_other_slots_of_its_tag(
+    bench: Bench, failure: str
+) -> None:
+    bench.lead(concurrency=2, failure=BLOCK, deliveries=1)
+    node = bench.node("n")
+    bench.send("a", 1, 2, 3)
+    bench.admit_all()
+    first = node.take()
+    assert first.start() == 1
+    other = bench.node("other")
+    second = other.take()
+    bench.send("b", 1)
+    bench.admit_all()
+    FAILURES[failure](first)
+    assert second.start() != 1, "its tag waits for an operator"
+    assert bench.backlog("a") == [2, 3]
+    assert [*node.drain_all(), *other.drain_all()] == ["b-1"], "the slot is free for others"
+    assert OperatorScripts(bench.client, bench.scripts.keys).resume_tag("q", "a")
+    assert [copy.id for n in (node, other) if (copy := n.receive())] == ["a-2"]
+
+
+def test_a_lost_worker_whose_task_halts_its_tag_is_given_nothing_in_its_other_slots(
+    bench: Bench,
+) -> None:
+    node = bench.opening(1, 2, 3, slots=2, concurrency=2, failure=BLOCK, deliveries=1)
+    first = node.take()
+    first.start()
+    node.take()
+    bench.send("b", 1)
+    bench.admit_all()
+    rescue(first)
+    assert bench.client.hget(bench.queue_key("c"), "leases") == b"2", "b was not given to it"
+    assert bench.backlog("a") == [2, 3] and bench.backlog("b") == [4]
+    assert not bench.client.exists(bench.queue_key("held"), bench.queue_key("idle"))
+    assert bench.node("alive").drain_all() == ["b-1"]
 
 
 def test_a_task_that_is_buried_for_another_reason_halts_its_tag_too(bench: Bench) -> None:

@@ -320,6 +320,72 @@ def test_a_moved_tag_waits_for_a_busy_worker_and_keeps_nobody_from_other_slots(
     assert holder.take().id == "a-1", "it has kept its place before e"
 
 
+def held_twice(bench: Bench, slots: int = 1) -> tuple[Copy, Copy]:
+    """A tag with two leases: a-1 runs on "one", a-2 is dispatched to "two"; two more wait."""
+    bench.lead(concurrency=2)
+    one = bench.node("one", slots=slots)
+    if slots > 1:
+        bench.scripts.occupy("one", 1, "ordinary")
+    bench.send("a", 1, 2, 3, 4)
+    bench.admit_all()
+    first = one.take()
+    first.start()
+    return first, bench.node("two").take()
+
+
+def test_a_move_of_a_tag_with_two_leases_ends_with_the_other_workers_lease(
+    bench: Bench, operator: OperatorScripts
+) -> None:
+    first, second = held_twice(bench)
+    second.start()
+    assert operator.move("q", "a", "one", 3600) == 1
+    first.settle()
+    third = first.node.take()
+    third.start()
+    assert "moving" in conf(bench), "the other worker holds it"
+    assert second.settle() == "batch"
+    no_trace(bench, "moves")
+    assert "moving" not in conf(bench)
+    assert second.node.take().id == "a-4", "it has both of its slots again"
+
+
+def test_a_move_to_where_a_tag_runs_already_takes_what_has_not_started_elsewhere_there(
+    bench: Bench, operator: OperatorScripts
+) -> None:
+    first, second = held_twice(bench, slots=2)
+    bench.scripts.vacate("one", "ordinary")
+    assert operator.move("q", "a", "one", 3600) == 1
+    assert second.start() < 0
+    assert second.node.receive() is None
+    assert first.node.take().id == "a-2"
+    no_trace(bench, "moves")
+
+
+def test_a_move_to_where_a_tag_runs_already_is_over_at_once_if_no_slot_there_is_free(
+    bench: Bench, operator: OperatorScripts
+) -> None:
+    _, second = held_twice(bench)
+    assert operator.move("q", "a", "one", 3600) == 1
+    assert second.start() < 0
+    no_trace(bench, "moves")
+    assert second.node.take().id == "a-2", "nobody else may use that slot meanwhile"
+
+
+def test_a_move_waits_for_its_worker_when_the_last_lease_elsewhere_ends(
+    bench: Bench, operator: OperatorScripts
+) -> None:
+    first, second = held_twice(bench)
+    second.start()
+    bench.node("three")
+    bench.scripts.occupy("three", 0, "ordinary")
+    assert operator.move("q", "a", "three", 3600) == 1
+    assert first.settle() == second.settle() == "batch"
+    assert (first.node.receive(), second.node.receive()) == (None, None)
+    bench.scripts.vacate("three", "ordinary")
+    assert Node(bench, "three", f"{bench.scripts.keys.prefix}wq-three").take().id == "a-3"
+    no_trace(bench, "moves")
+
+
 def test_a_move_to_a_worker_that_stops_is_forgotten(bench: Bench, operator: OperatorScripts) -> None:
     bench.lead()
     one, two = bench.node("one"), bench.node("two")

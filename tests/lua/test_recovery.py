@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from .conftest import Bench
 
 
@@ -38,6 +40,60 @@ def test_a_rescue_in_steps_gives_back_all_of_it(bench: Bench) -> None:
     assert steps == 3
     node = bench.node("n", slots=5)
     assert sorted(node.drain_all()) == sorted(f"{t}-{n}" for t in "abcde" for n in (1, 2))
+
+
+def lose_two_leases_of_a_tag(bench: Bench) -> None:
+    """A worker "lost" runs a-1 in its slot 1 and a-2 in its slot 0; a-3 waits."""
+    bench.lead(concurrency=2)
+    lost = bench.node("lost", slots=2)
+    bench.send("o", 1)
+    bench.admit_all()
+    other = lost.take()
+    other.start()
+    bench.send("a", 1, 2, 3)
+    bench.admit_all()
+    one = lost.take()
+    one.start()
+    other.settle()
+    two = lost.take()
+    two.start()
+    assert [(c.id, c.stamp.slot) for c in (one, two)] == [("a-1", 1), ("a-2", 0)]
+
+
+@pytest.mark.parametrize("how", ["rescued", "left"])
+def test_two_leases_of_a_tag_are_given_back_in_one_step_so_that_the_older_entry_is_first(
+    bench: Bench, how: str
+) -> None:
+    lose_two_leases_of_a_tag(bench)
+    alive = bench.node("alive")
+    bench.overdue("lost")
+    more = True
+    while more:
+        if how == "rescued":
+            more = bool(bench.scripts.rescue("q", bench.fence, 1)[4])
+        else:
+            more = bool(bench.scripts._call("leave", "lost", 1)[1])
+        bench.promote()  # or any other step that brings tags and slots together
+    assert alive.drain_all() == ["a-1", "a-2", "a-3"]
+    assert not bench.client.exists(bench.queue_key("held"), bench.queue_key("unst"))
+
+
+def test_a_step_of_a_rescue_exceeds_its_leases_by_those_of_one_tag_at_most(bench: Bench) -> None:
+    bench.lead(own={"a": 3})
+    lost = bench.node("lost", slots=6)
+    bench.send("a", *range(3))
+    bench.send("b", 1)
+    bench.send("c", 1)
+    bench.send("d", 1)
+    bench.admit_all()
+    while copy := lost.receive():
+        copy.start()
+    bench.overdue("lost")
+    most = 0
+    while (answer := bench.scripts.rescue("q", bench.fence, 1))[0] == 1:
+        most = max(most, answer[3])
+    assert most == 3
+    assert sorted(bench.node("alive").drain_all()) == ["a-0", "a-1", "a-2", "b-1", "c-1", "d-1"]
 
 
 def test_a_rescue_that_its_leader_left_half_way_goes_on_at_once_under_the_next(bench: Bench) -> None:

@@ -1,23 +1,40 @@
 -- Take a worker out of the ledger: what it held goes back to the head, its keys go.
 
--- Does at most `budget` leases; returns entries given back and whether more is to be done.
--- `lost`: it did not leave by itself.
+-- A worker's leases of one tag. They go back in one step: with another step between, the younger of two
+-- entries that ran there could start again before the older one is back.
+local function leases_together(l)
+  local together = {l}
+  for _, slot in ipairs(holders(l.q, l.tag)) do
+    local inc, i = string.match(slot, '^([^:]+):(.+)$')
+    if inc == l.inc and i ~= l.i then together[#together + 1] = load_lease(inc, i) end
+  end
+  return together
+end
+
+-- Does at most `budget` leases, and those of the last one's tag; returns entries given back and whether
+-- more is to be done. `lost`: it did not leave by itself.
 local function forget_worker(inc, budget, lost)
   local w = worker(inc)
   local info = worker_key(inc, 'info')
   local touched, back, done = {}, 0, 0
+  if w then w.active = false end  -- none of its slots is given anything any more
   for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'leased'))) do
-    if done == budget then
+    local l, leased = load_lease(inc, i)
+    if leased and done >= budget then
       redis.call('HSET', info, 'state', 'leaving')
       return back, true
+    elseif leased then  -- else it has gone back with another one of its tag
+      local together = leases_together(l)
+      for _, one in ipairs(together) do
+        local given_back = take_back(one, true)
+        back = back + given_back
+        if lost then count(l.q, 'rescued', given_back) end
+      end
+      for _, one in ipairs(together) do release(one, true) end
+      halt_others(l)
+      touched[l.q] = true
+      done = done + #together
     end
-    local l = load_lease(inc, i)
-    local given_back = take_back(l, true)
-    back = back + given_back
-    if lost then count(l.q, 'rescued', given_back) end
-    release(l, true)
-    touched[l.q] = true
-    done = done + 1
   end
   if w then
     for _, i in ipairs(redis.call('SMEMBERS', worker_key(inc, 'idle'))) do

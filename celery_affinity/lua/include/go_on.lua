@@ -8,6 +8,7 @@ local function pass_on(l, w)
       or is_halted(l.q, l.tag) and 'halted' or on_hold(l.q, l.tag) and 'retry' or 'batch'
   end
   release(l)
+  halt_others(l)
   if w then take(l.inc, l.i, w) end
   match(l.q, 10)
   return reason

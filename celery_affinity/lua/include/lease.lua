@@ -105,10 +105,11 @@ local function barred(q, tag, inc)
   return to ~= nil and to ~= inc
 end
 
--- A move is over when no other worker has the tag.
+-- A move is over when its worker has the tag and no other one has.
 local function end_move(q, tag, inc)
-  if destination(q, tag) ~= inc then return end
-  for _, slot in ipairs(holders(q, tag)) do
+  local slots = holders(q, tag)
+  if not slots[1] or destination(q, tag) ~= inc then return end
+  for _, slot in ipairs(slots) do
     if string.match(slot, '^[^:]+') ~= inc then return end
   end
   redis.call('HDEL', queue_key(q, 'moves'), tag)
@@ -186,6 +187,7 @@ local function release(l, to_front)
   end
   if #rest > 0 then
     redis.call('HSET', queue_key(l.q, 'held'), l.tag, table.concat(rest, ' '))
+    if conf(l.q).moving then end_move(l.q, l.tag, string.match(rest[1], '^[^:]+')) end
   else
     redis.call('HDEL', queue_key(l.q, 'held'), l.tag)
   end

@@ -1,4 +1,5 @@
--- What an operator does to a tag reaches what is dispatched and has not started, too.
+-- What an operator does to a tag, and a failure that halts it, reaches what is dispatched and has not
+-- started, too.
 
 -- Give back what a tag's slots have out unstarted, but for those of the worker `spared`. Returns how
 -- many entries, the leases that run on, and those that have nothing any more (set_free).
@@ -22,10 +23,26 @@ local function unstart(q, tag, spared)
   return back, running, empty
 end
 
-local function set_free(leases)
+local function let_go(leases)
   for _, l in ipairs(leases) do release(l, true) end
+end
+
+local function employ(leases)
   for _, l in ipairs(leases) do
     local w = worker(l.inc)
     if w then take(l.inc, l.i, w) end
   end
+end
+
+local function set_free(leases)
+  let_go(leases)
+  employ(leases)
+end
+
+-- After the lease l was released: if what ended in it has halted its tag (on_failure), what other slots
+-- have out of the tag must not start any more. At most as many slots as the tag has leases.
+local function halt_others(l)
+  if not is_halted(l.q, l.tag) then return end
+  local _, _, empty = unstart(l.q, l.tag)
+  set_free(empty)
 end
