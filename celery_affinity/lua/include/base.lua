@@ -25,6 +25,8 @@
 --   q:<queue>:warm     hash    tag -> the slot that had it last;  warmz: zset, its LRU order
 --   q:<queue>:since    hash    tag in the ring -> since when (ms), with warm_wait only
 --   q:<queue>:needs    hash    tag -> task that the worker which had it last does not know
+--   q:<queue>:look     hash    while the leader looks for a tag for free slots behind many that they may not
+--                              have now: from, the place it came to; anew: then from the start again
 --   q:<queue>:hold     zset    tags that wait for an ordered retry, by its due time (ms);
 --                              retrying: hash, its entry -> time of its first retry (ms)
 --   q:<queue>:dead     hash    entry -> why it was buried;  deadm: hash, its message;
