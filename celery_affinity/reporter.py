@@ -88,6 +88,7 @@ class Reporter:
         self._change = self._in_force = 0
         self._busy_slots: set[int] = set()
         self._to_vacate: deque[int] = deque()
+        self._unanswered: deque[Callable[[Scripts], object]] = deque()
         self._reachability = Reachability(logger, "heartbeats")
 
     # Called by the worker's start and stop
@@ -133,6 +134,7 @@ class Reporter:
         self._stopping = True
         self._wake()
         try:
+            self._say_again(self._scripts)
             back = self._scripts.leave(self._incarnation)
         except RedisError as error:
             logger.warning(
@@ -177,14 +179,17 @@ class Reporter:
         # Untold, or no longer this node's: the ledger has it still, and it comes again somewhere.
         return bool(answer == 1 if verdict == "unknown" else answer != 0)
 
-    def finish(self, stamp: Stamp, outcome: str = "") -> bool:
-        """A running task was ended; its process is being stopped. False if it runs again."""
-        answer = self._tell(
-            lambda: self._scripts.finish(
-                stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, outcome
-            )
+    def finish(self, stamp: Stamp) -> None:
+        """A running task was ended; its process is being stopped."""
+        self._tell(lambda: self._scripts.finish(*_lease_of(stamp)))
+
+    def past_limit(self, stamp: Stamp, answered: Callable[[int], None]) -> None:
+        """A task's hard time limit is over. `answered` gets the code of finish.lua, now or in the
+        heartbeat's thread.
+        """
+        self._tell_until_answered(
+            lambda scripts: answered(scripts.finish(*_lease_of(stamp), "failed", stamp.state))
         )
-        return bool(answer != 2)
 
     def process_lost(self, stamp: Stamp) -> str:
         """What becomes of a task whose process is gone."""
@@ -203,7 +208,26 @@ class Reporter:
             self._reachability.unanswered(error)
             return None
 
+    def _tell_until_answered(self, say: Callable[[Scripts], object]) -> None:
+        """Now, and else in the heartbeat's thread as soon as Redis is back."""
+        try:
+            say(self._scripts)
+        except RedisError as error:
+            self._reachability.unanswered(error)
+            self._unanswered.append(say)
+            self._wake()
+
     # The heartbeat's thread
+
+    def _say_again(self, scripts: Scripts) -> None:
+        """What could not be told: before a beat, so that this does not give it back."""
+        while self._unanswered:
+            say = self._unanswered.popleft()
+            try:
+                say(scripts)
+            except RedisError:
+                self._unanswered.appendleft(say)
+                raise
 
     def run(self) -> None:
         """Beat until `leave`."""
@@ -220,6 +244,7 @@ class Reporter:
                 while self._to_vacate:
                     scripts.vacate(self._incarnation, f"slot:{self._to_vacate[0]}")
                     self._to_vacate.popleft()
+                self._say_again(scripts)
                 self._tell_changes(scripts)
                 self._beat(scripts, GRACE_MS)
                 for look in self._looks:
@@ -314,6 +339,10 @@ class Reporter:
     def _clear_wake(self) -> None:
         if select.select([self._reader], [], [], 0)[0]:
             os.read(self._reader, 4096)
+
+
+def _lease_of(stamp: Stamp) -> tuple[str, int, str, str]:
+    return stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch
 
 
 def _changeable(announcement: dict[str, Any]) -> tuple[int, list[Any]]:
