@@ -228,6 +228,10 @@ class NodeScripts(ScriptCalls):
         """What becomes of a task whose process is gone: settled, requeued or buried."""
         return text_of(self._call("lost", incarnation, slot, entry, epoch, state))
 
+    def known(self, state: str, entry: str) -> bool:
+        """Whoever waits for the result of an entry that this node buried has been told."""
+        return bool(self._call("known", state, entry))
+
     def finish(
         self,
         incarnation: str,

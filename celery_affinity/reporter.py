@@ -32,6 +32,7 @@ from celery_affinity.connection import Reachability
 from celery_affinity.held import Held
 from celery_affinity.message import Stamp
 from celery_affinity.scripts import Scripts
+from celery_affinity.unanswered import Unanswered
 from celery_affinity.watchdog import Lifeline, seconds
 
 __all__ = ("Reporter",)
@@ -88,8 +89,8 @@ class Reporter:
         self._change = self._in_force = 0
         self._busy_slots: set[int] = set()
         self._to_vacate: deque[int] = deque()
-        self._unanswered: deque[Callable[[Scripts], object]] = deque()
         self._reachability = Reachability(logger, "heartbeats")
+        self._unanswered = Unanswered(self._scripts, self._reachability, self._wake)
 
     # Called by the worker's start and stop
 
@@ -134,7 +135,7 @@ class Reporter:
         self._stopping = True
         self._wake()
         try:
-            self._say_again(self._scripts)
+            self._unanswered.again(self._scripts)
             back = self._scripts.leave(self._incarnation)
         except RedisError as error:
             logger.warning(
@@ -187,7 +188,7 @@ class Reporter:
         """A task's hard time limit is over. `answered` gets the code of finish.lua, now or in the
         heartbeat's thread.
         """
-        self._tell_until_answered(
+        self._unanswered.tell(
             lambda scripts: answered(scripts.finish(*_lease_of(stamp), "failed", stamp.state))
         )
 
@@ -200,6 +201,10 @@ class Reporter:
         )
         return answer if isinstance(answer, str) else "requeued"
 
+    def told(self, stamp: Stamp) -> None:
+        """Whoever waits for the result of what `process_lost` or `discard` buried was told."""
+        self._unanswered.tell(lambda scripts: scripts.known(stamp.state, stamp.entry))
+
     def _tell(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
@@ -208,26 +213,7 @@ class Reporter:
             self._reachability.unanswered(error)
             return None
 
-    def _tell_until_answered(self, say: Callable[[Scripts], object]) -> None:
-        """Now, and else in the heartbeat's thread as soon as Redis is back."""
-        try:
-            say(self._scripts)
-        except RedisError as error:
-            self._reachability.unanswered(error)
-            self._unanswered.append(say)
-            self._wake()
-
     # The heartbeat's thread
-
-    def _say_again(self, scripts: Scripts) -> None:
-        """What could not be told: before a beat, so that this does not give it back."""
-        while self._unanswered:
-            say = self._unanswered.popleft()
-            try:
-                say(scripts)
-            except RedisError:
-                self._unanswered.appendleft(say)
-                raise
 
     def run(self) -> None:
         """Beat until `leave`."""
@@ -244,7 +230,8 @@ class Reporter:
                 while self._to_vacate:
                     scripts.vacate(self._incarnation, f"slot:{self._to_vacate[0]}")
                     self._to_vacate.popleft()
-                self._say_again(scripts)
+                # Before the beat: it would give back what was over its limit.
+                self._unanswered.again(scripts)
                 self._tell_changes(scripts)
                 self._beat(scripts, GRACE_MS)
                 for look in self._looks:

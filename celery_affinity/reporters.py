@@ -139,6 +139,10 @@ class Reporters:
         """See `Reporter.process_lost`."""
         return self._for(stamp).process_lost(stamp)
 
+    def told(self, stamp: Stamp) -> None:
+        """See `Reporter.told`."""
+        self._for(stamp).told(stamp)
+
     def _for(self, stamp: Stamp) -> Reporter:
         # A stray message of another node is refused by any.
         return self._of.get(stamp.incarnation, self.all[0])

@@ -49,6 +49,9 @@ class LedgerEnds(Protocol):
     def process_lost(self, stamp: Stamp) -> str:
         """Its process is gone: settled, requeued or buried."""
 
+    def told(self, stamp: Stamp) -> None:
+        """Whoever waits for the result of what was buried on this node's word has been told."""
+
 
 def _noop(*args: object, **kwargs: object) -> None:
     return None
@@ -194,7 +197,8 @@ class DispatchedRequest:
             self._past_limit(partial(stock, exc_info, send_failed_event, return_ok))
             return
         lost = isinstance(error, (WorkerLostError, SystemExit)) or self._died_for_another(error)
-        if lost and not return_ok:
+        buried = lost and not return_ok
+        if buried:
             verdict = self.affinity_ends.process_lost(self.affinity_stamp)
             if verdict != "buried":
                 logger.warning(
@@ -223,6 +227,9 @@ class DispatchedRequest:
             fail = super().on_failure  # type: ignore[misc]
         try:
             fail(exc_info, send_failed_event, return_ok)
+            # Of one that a cold stop has cancelled Celery tells nothing: the leader does.
+            if buried and not self._already_cancelled:
+                self.affinity_ends.told(self.affinity_stamp)
         finally:
             self._ended()
 

@@ -126,7 +126,7 @@ def test_a_hard_limit_while_redis_is_away_is_told_once_the_ledger_has_answered(
     assert request.told == [], "nobody knows yet whether it runs again"
     assert reporter.held.names() == [copy.stamp.held], "no heartbeat gives it back meanwhile"
     scripts.away = ""
-    reporter._say_again(scripts)
+    reporter._unanswered.again(scripts)
     wait_until(lambda: request.told == ["failure", "limit"], what="the telling")
     wait_until(lambda: reporter.held.names() == [], what="the end")
     bench.scripts.process_up("n", 0)
@@ -144,7 +144,7 @@ def test_a_task_over_its_limit_that_was_given_back_meanwhile_is_not_told_as_fail
     request = over(copy, scripts)
     bench.scripts.process_up("n", 0)
     scripts.away = ""
-    request.affinity_ends._say_again(scripts)
+    request.affinity_ends._unanswered.again(scripts)
     assert node.drain_all() == ["a-1"]
     assert request.told == []
 
@@ -171,7 +171,7 @@ def test_a_hard_limit_whose_answer_was_lost_is_told_all_the_same(
     settled(bench)
     assert bench.backlog("a") == [] and node.receive() is None, "its entry has ended"
     scripts.away = ""
-    request.affinity_ends._say_again(scripts)
+    request.affinity_ends._unanswered.again(scripts)
     wait_until(lambda: request.told == ["failure", "limit"], what="the telling")
 
 

@@ -266,7 +266,10 @@ class Node(Group):
                 if other.stamp and other.stamp.epoch == job.stamp.epoch:
                     self.buffers[index].remove(other)
                     self._on_done(other, REFUSED)
-            self.reporter.process_lost(job.stamp)
+            # The result backend may be away: then the leader tells of a burial.
+            if self.reporter.process_lost(job.stamp) == "buried" and not self.world.chance(0.3):
+                self.world.pause()
+                self.reporter.told(job.stamp)
             self._end(job)
         if not early:
             self._start_process(index)
