@@ -2,10 +2,17 @@
 
 The script that buries an entry notes it as untold; the leader stores its FAILURE, runs its
 errbacks and counts it in its chord (as Celery's worker does for a task that failed), then strikes
-the note off. (A parent that buries a task whose process is gone tells of it itself.)
+the note off. A worker's parent that buries a task whose process is gone, or that no worker knows,
+tells of it itself; its note becomes the leader's if it has not said within 30 s that it has.
 
-Crash windows: between the telling and told.lua the next leader tells again: errbacks run at least
-once (test_a_burial_is_told_by_the_next_leader_if_the_first_died_over_it).
+Crash windows:
+- between the telling and told.lua the next leader tells again: errbacks run at least once
+  (test_a_burial_is_told_by_the_next_leader_if_the_first_died_over_it).
+- a parent dies before it has told, or its result backend is away: the leader tells
+  (test_a_burial_by_a_parent_that_dies_before_it_has_told_is_told_by_the_leader). If it dies before
+  it has said that it has told, the leader tells again.
+- Redis is away when it says so: the heartbeat's thread says it again
+  (test_a_parent_that_cannot_say_that_it_has_told_says_so_when_redis_is_back).
 """
 
 from __future__ import annotations

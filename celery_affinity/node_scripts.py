@@ -228,9 +228,25 @@ class NodeScripts(ScriptCalls):
         """What becomes of a task whose process is gone: settled, requeued or buried."""
         return text_of(self._call("lost", incarnation, slot, entry, epoch, state))
 
-    def finish(self, incarnation: str, slot: int, entry: str, epoch: str, outcome: str = "") -> int:
-        """Note that the parent ended a running task, whose process still has to stop; its code."""
-        return int(self._call("finish", incarnation, slot, entry, epoch, outcome))
+    def known(self, state: str, entry: str) -> bool:
+        """Whoever waits for the result of an entry that this node buried has been told."""
+        return bool(self._call("known", state, entry))
+
+    def finish(
+        self,
+        incarnation: str,
+        slot: int,
+        entry: str,
+        epoch: str,
+        outcome: str = "",
+        state: str = "",
+    ) -> int:
+        """Note that the parent ended a running task, whose process still has to stop; its code.
+
+        Arguments:
+            outcome: "failed" past its time limit; then also its queue.
+        """
+        return int(self._call("finish", incarnation, slot, entry, epoch, outcome, state))
 
     def process_up(self, incarnation: str, slot: int) -> bool:
         """A slot has a new process."""

@@ -167,6 +167,7 @@ def requeue_unknown_tasks(consumer: Any, ends: LedgerEnds) -> None:
             return
         stock(consumer, body, message, exc)
         if stamp is not None:
+            ends.told(stamp)
             logger.warning(
                 "Buried task %s[%s], which no worker of its queue knows: it was not discarded, it "
                 "is in the dead letters.",

@@ -32,6 +32,7 @@ from celery_affinity.connection import Reachability
 from celery_affinity.held import Held
 from celery_affinity.message import Stamp
 from celery_affinity.scripts import Scripts
+from celery_affinity.unanswered import Unanswered
 from celery_affinity.watchdog import Lifeline, seconds
 
 __all__ = ("Reporter",)
@@ -89,6 +90,7 @@ class Reporter:
         self._busy_slots: set[int] = set()
         self._to_vacate: deque[int] = deque()
         self._reachability = Reachability(logger, "heartbeats")
+        self._unanswered = Unanswered(self._scripts, self._reachability, self._wake)
 
     # Called by the worker's start and stop
 
@@ -133,6 +135,7 @@ class Reporter:
         self._stopping = True
         self._wake()
         try:
+            self._unanswered.again(self._scripts)
             back = self._scripts.leave(self._incarnation)
         except RedisError as error:
             logger.warning(
@@ -177,14 +180,17 @@ class Reporter:
         # Untold, or no longer this node's: the ledger has it still, and it comes again somewhere.
         return bool(answer == 1 if verdict == "unknown" else answer != 0)
 
-    def finish(self, stamp: Stamp, outcome: str = "") -> bool:
-        """A running task was ended; its process is being stopped. False if it runs again."""
-        answer = self._tell(
-            lambda: self._scripts.finish(
-                stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch, outcome
-            )
+    def finish(self, stamp: Stamp) -> None:
+        """A running task was ended; its process is being stopped."""
+        self._tell(lambda: self._scripts.finish(*_lease_of(stamp)))
+
+    def past_limit(self, stamp: Stamp, answered: Callable[[int], None]) -> None:
+        """A task's hard time limit is over. `answered` gets the code of finish.lua, now or in the
+        heartbeat's thread.
+        """
+        self._unanswered.tell(
+            lambda scripts: answered(scripts.finish(*_lease_of(stamp), "failed", stamp.state))
         )
-        return bool(answer != 2)
 
     def process_lost(self, stamp: Stamp) -> str:
         """What becomes of a task whose process is gone."""
@@ -194,6 +200,10 @@ class Reporter:
             )
         )
         return answer if isinstance(answer, str) else "requeued"
+
+    def told(self, stamp: Stamp) -> None:
+        """Whoever waits for the result of what `process_lost` or `discard` buried was told."""
+        self._unanswered.tell(lambda scripts: scripts.known(stamp.state, stamp.entry))
 
     def _tell(self, call: Callable[[], Any]) -> Any:
         try:
@@ -220,6 +230,8 @@ class Reporter:
                 while self._to_vacate:
                     scripts.vacate(self._incarnation, f"slot:{self._to_vacate[0]}")
                     self._to_vacate.popleft()
+                # Before the beat: it would give back what was over its limit.
+                self._unanswered.again(scripts)
                 self._tell_changes(scripts)
                 self._beat(scripts, GRACE_MS)
                 for look in self._looks:
@@ -314,6 +326,10 @@ class Reporter:
     def _clear_wake(self) -> None:
         if select.select([self._reader], [], [], 0)[0]:
             os.read(self._reader, 4096)
+
+
+def _lease_of(stamp: Stamp) -> tuple[str, int, str, str]:
+    return stamp.incarnation, stamp.slot, stamp.entry, stamp.epoch
 
 
 def _changeable(announcement: dict[str, Any]) -> tuple[int, list[Any]]:

@@ -127,13 +127,21 @@ class Reporters:
         """See `Reporter.discard`."""
         return self._for(stamp).discard(stamp, verdict, reason)
 
-    def finish(self, stamp: Stamp, outcome: str = "") -> bool:
+    def finish(self, stamp: Stamp) -> None:
         """See `Reporter.finish`."""
-        return self._for(stamp).finish(stamp, outcome)
+        self._for(stamp).finish(stamp)
+
+    def past_limit(self, stamp: Stamp, answered: Callable[[int], None]) -> None:
+        """See `Reporter.past_limit`."""
+        self._for(stamp).past_limit(stamp, answered)
 
     def process_lost(self, stamp: Stamp) -> str:
         """See `Reporter.process_lost`."""
         return self._for(stamp).process_lost(stamp)
+
+    def told(self, stamp: Stamp) -> None:
+        """See `Reporter.told`."""
+        self._for(stamp).told(stamp)
 
     def _for(self, stamp: Stamp) -> Reporter:
         # A stray message of another node is refused by any.

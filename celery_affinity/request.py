@@ -20,6 +20,7 @@ from celery.worker import state as worker_state
 from celery_affinity.batch_calls import EVENTS_HEADER, Mates, mates_of
 from celery_affinity.gate import REFUSED
 from celery_affinity.held import Held
+from celery_affinity.limits import HardLimit
 from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp
 
 __all__ = ("DispatchedRequest", "LedgerEnds")
@@ -37,13 +38,19 @@ class LedgerEnds(Protocol):
         ("unknown"), or had been started before ("bury").
         """
 
-    def finish(self, stamp: Stamp, outcome: str = "") -> bool:
-        """It was ended while it ran; its process is being stopped. Outcome: "failed" or "".
-        False if it runs again: it had shared its call with others (batch tasks).
+    def finish(self, stamp: Stamp) -> None:
+        """It was ended while it ran; its process is being stopped."""
+
+    def past_limit(self, stamp: Stamp, answered: Callable[[int], None]) -> None:
+        """Its hard time limit is over; its process is being stopped. Answers at once, or from the
+        heartbeat's thread, what finish.lua does.
         """
 
     def process_lost(self, stamp: Stamp) -> str:
         """Its process is gone: settled, requeued or buried."""
+
+    def told(self, stamp: Stamp) -> None:
+        """Whoever waits for the result of what was buried on this node's word has been told."""
 
 
 def _noop(*args: object, **kwargs: object) -> None:
@@ -75,6 +82,7 @@ class DispatchedRequest:
     _already_cancelled: bool
     _already_revoked: bool
     worker_pid: int
+    _limit: HardLimit | None = None
 
     def __init__(self, message: Any, **options: Any) -> None:
         stamp = Stamp.parse(message.headers.get(STAMP_HEADER))
@@ -84,7 +92,6 @@ class DispatchedRequest:
         super().__init__(message, **quiet)  # type: ignore[call-arg]
         self._check_payload()
         self._eta = None  # it was due when it was dispatched
-        self._runs_again = False
         if self._tells():
             self.request_dict[EVENTS_HEADER] = True
         held = self.affinity_ends.held
@@ -186,10 +193,13 @@ class DispatchedRequest:
         """It failed, or its process is gone: then the ledger says whether it runs again."""
         error = exc_info.exception
         error = getattr(error, "exc", error)
-        if isinstance(error, TimeLimitExceeded) and not return_ok and self._is_shared_timeout():
+        if isinstance(error, TimeLimitExceeded) and not return_ok:
+            stock = super().on_failure  # type: ignore[misc]
+            self._past_limit(partial(stock, exc_info, send_failed_event, return_ok))
             return
         lost = isinstance(error, (WorkerLostError, SystemExit)) or self._died_for_another(error)
-        if lost and not return_ok:
+        buried = lost and not return_ok
+        if buried:
             verdict = self.affinity_ends.process_lost(self.affinity_stamp)
             if verdict != "buried":
                 logger.warning(
@@ -218,6 +228,9 @@ class DispatchedRequest:
             fail = super().on_failure  # type: ignore[misc]
         try:
             fail(exc_info, send_failed_event, return_ok)
+            # Of one that a cold stop has cancelled Celery tells nothing: the leader does.
+            if buried and not self._already_cancelled:
+                self.affinity_ends.told(self.affinity_stamp)
         finally:
             self._ended()
 
@@ -231,44 +244,24 @@ class DispatchedRequest:
         return isinstance(error, Terminated) and not meant
 
     def _never_started(self, error: Exception) -> bool:
-        if isinstance(error, (Terminated, TimeLimitExceeded)):
+        if isinstance(error, Terminated):
             return False
         reason = f"{type(error).__name__}: {error}"[:1000]
         return self.affinity_ends.discard(self.affinity_stamp, "bury", reason)
 
-    def _is_shared_timeout(self) -> bool:
-        """Whether its time was over in a call that it shared: then it runs again, on its own."""
-        if not getattr(self.task, "affinity_batch", False):
-            return False
-        if not self._runs_again and not self.affinity_ends.finish(self.affinity_stamp, "failed"):
-            self._runs_again = True
-            logger.warning(
-                "A call of batch task %s was over its time limit; its tasks run again one by one.",
-                self.name,
-                extra={"action": "batch_timeout", "task_id": self.id},
-            )
-            self._stops()
-            if self.affinity_in_process:
-                self.affinity_ends.process_lost(self.affinity_stamp)
-            self._vanish()
-        return self._runs_again
-
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """A time limit is over; past the hard one the process is killed."""
+        tell = partial(super().on_timeout, soft, timeout)  # type: ignore[misc]
         if soft:
-            super().on_timeout(soft, timeout)  # type: ignore[misc]
-            return
-        if self._is_shared_timeout():
-            return
-        self.affinity_ends.finish(self.affinity_stamp, "failed")
-        self._stops()
-        try:
-            super().on_timeout(soft, timeout)  # type: ignore[misc]
-        finally:
-            # Behind the hooks that Celery calls here: its tag must not go on beside them.
-            if self.affinity_in_process:
-                self.affinity_ends.process_lost(self.affinity_stamp)
-            self._ended()
+            tell()
+        else:
+            self._past_limit(tell)
+
+    def _past_limit(self, tell: Callable[[], object]) -> None:
+        """Past its hard limit Celery tells twice: of a failure, then of the limit."""
+        if self._limit is None:
+            self._limit = HardLimit(self)
+        self._limit.tell(tell)
 
     def revoked(self) -> bool:
         """Whether it is revoked or expired, and was not too late for that.

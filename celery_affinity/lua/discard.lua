@@ -6,7 +6,7 @@
 --         task that this worker does not know
 -- Returns 0 not this caller's (any more), or it has started; 1 done;
 --         2 requeued, for a worker that knows the task or has not tried yet (else it is buried, and
---         the caller tells whoever waits for its result)
+--         the caller tells whoever waits for its result, then says so: known.lua)
 -- A repeat (lost reply) gets the same answer, for any copy of the entry: after a 0 its message goes on
 -- to its process, which may have been granted its start.
 -- @include base
@@ -57,7 +57,7 @@ if ARGV[7] == 'unknown' then
     go_on(l, worker(inc))
     return answered(2)
   end
-  bury(l.q, entry, l.tag, 'unknown task ' .. ARGV[8], nil, true)
+  bury(l.q, entry, l.tag, 'unknown task ' .. ARGV[8], nil, 'soon')
 elseif ARGV[7] == 'bury' then
   bury(l.q, entry, l.tag, ARGV[8])
 else

@@ -3,7 +3,9 @@
 -- KEYS[1] namespace prefix
 -- ARGV    incarnation, slot, entry, epoch, queue
 -- Returns 'settled' it had settled before (or its lease is over); 'requeued' it runs again;
---         'buried' it had its last delivery: the parent tells whoever waits for its result
+--         'buried' it had its last delivery: the parent tells whoever waits for its result, then says
+--         so (known.lua); the leader does it if that is not said in time. If another call has buried it
+--         before (process_up) and the leader has told already, it is 'settled'.
 -- @include base
 -- @include ring
 -- @include deliver
@@ -13,7 +15,12 @@
 local inc, i, entry, epoch = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local l, leased = load_lease(inc, i)
 if not leased or l.epoch ~= epoch or not l.out[1] or l.out[1].entry ~= entry then
-  return redis.call('HEXISTS', queue_key(ARGV[5], 'dead'), entry) == 1 and 'buried' or 'settled'
+  local untold = queue_key(ARGV[5], 'untold')
+  if redis.call('LPOS', untold, entry) then
+    redis.call('LREM', untold, 1, entry)
+    is_about_to_tell(ARGV[5], entry)
+  end
+  return redis.call('ZSCORE', queue_key(ARGV[5], 'telling'), entry) and 'buried' or 'settled'
 end
 -- The lease ends with the process: what is dispatched to its successor has a new epoch.
 take_back(l, true, true)

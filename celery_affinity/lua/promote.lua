@@ -1,5 +1,5 @@
 -- promote: what is due moves to the end of its tag's backlog, tags whose ordered retry is due go
--- back to the ring, and free slots get work.
+-- back to the ring, and free slots get work. Burials that no worker has told of in time are the leader's.
 --
 -- KEYS[1] namespace prefix
 -- ARGV    queue, fence, how many at most
@@ -37,6 +37,12 @@ end
 local q, fence, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
 if not in_term(q, fence) then return {-1} end
 redis.call('DEL', queue_key(q, 'wake'))
+-- What a worker was about to tell of, and has not said that it did.
+local telling = queue_key(q, 'telling')
+for _, entry in ipairs(redis.call('ZRANGEBYSCORE', telling, '-inf', text(NOW), 'LIMIT', 0, limit)) do
+  redis.call('ZREM', telling, entry)
+  redis.call('RPUSH', queue_key(q, 'untold'), entry)
+end
 local untold = redis.call('LLEN', queue_key(q, 'untold'))
 tend(q)
 if conf(q).stopped then return {0, -1, untold} end

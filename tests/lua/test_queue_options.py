@@ -326,7 +326,6 @@ def test_a_worker_that_comes_later_gets_what_the_others_do_not_know(bench: Bench
     assert newest.drain_all() == ["a-1"]
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("how", ["is rescued", "leaves"])
 def test_an_unknown_task_is_buried_when_the_last_worker_that_might_know_it_is_gone(bench: Bench, how: str) -> None:
     """Its tag waited for that worker, for ever."""
@@ -369,7 +368,8 @@ def test_a_retry_on_hold_goes_on_when_retries_are_not_ordered_any_more(bench: Be
     bench.lead(ordered=0)
     wait_until(lambda: bench.promote() and bench.client.llen(node.list) == 1, what="its dispatch")
     assert node.drain_all() == ["a-1", "a-2"]
-=======
+
+
 # Many tags that no free slot may have now
 
 
@@ -515,4 +515,3 @@ def test_a_slot_that_becomes_free_while_the_leader_looks_on_is_looked_for_from_t
     look_on(bench)
     assert third.take().id == "x-1"
     assert busy.settle()
->>>>>>> mend-a

@@ -15,7 +15,7 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
     "start": (-1, -2, -3, -5), "settle": (b"stale",), "heartbeat": ([0],), "renew": (0,), "resign": (0,),
     "admit": ([-1],), "promote": ([-1],), "resolve": (-1, 0), "rescue": ([-1],), "rebase": ([-1],),
     "configure": (-1,), "told": (-1,), "serve": ([-1, 0, 0], [0, 0, 0]), "discard": (0,), "finish": (0,), "lost": (b"settled",), "vacate": (0,),
-    "process_up": (0,), "occupy": (0,), "decline": (0,),
+    "process_up": (0,), "occupy": (0,), "decline": (0,), "known": (0,),
 }  # fmt: skip
 #: Scripts whose repeat, at once, gets the same answer; those in the second set write nothing then.
 REPEATABLE = {"start", "settle", "claim", "register", "renew", "finish", "configure", "occupy", "process_up", "discard"}

@@ -74,12 +74,13 @@ class LonelyHeld(Held):
         return 0
 
 
-def _finish(reporter: Reporter, stamp: Stamp) -> None:
-    reporter.finish(stamp)
+def _past_limit(reporter: Reporter, stamp: Stamp, answered: Callable[[int], None]) -> None:
+    reporter.past_limit(stamp, answered)
 
 
-def _lost_by_word(reporter: Reporter, stamp: Stamp) -> None:
+def _lost_by_word(reporter: Reporter, stamp: Stamp, answered: Callable[[int], None]) -> None:
     reporter.process_lost(stamp)
+    answered(0)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Bug:
     starts: type[Starts] = Starts
     rescuer: type[Rescuer] = Rescuer
     held: type[Held] = Held
-    time_limit: Callable[[Reporter, Stamp], None] = _finish
+    time_limit: Callable[[Reporter, Stamp, Callable[[int], None]], None] = _past_limit
 
     def make_gate(self, **options: Any) -> Gate:
         """A process' gate."""

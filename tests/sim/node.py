@@ -243,9 +243,9 @@ class Node(Group):
         if not proc.token:  # over before the ledger had answered: the process is killed at once
             self.lose_process(proc)
             return
-        proc.dying = True
-        self.history.bugs.time_limit(self.reporter, job.stamp)
-        self._end(job)
+        proc.dying = job.limited = True
+        # It is held until the ledger has said what becomes of it.
+        self.history.bugs.time_limit(self.reporter, job.stamp, lambda answer: self._end(job))
 
         def killer() -> None:
             self.world.sleep(self.world.rng.uniform(0.0, 0.5))
@@ -260,13 +260,16 @@ class Node(Group):
         early = self.world.rng.random() < 0.5
         if early:
             self._start_process(index)
-        if job is not None and job.stamp is not None and not job.ended:
+        if job is not None and job.stamp is not None and not (job.ended or job.limited):
             self.history.judge_lost(job.stamp)
             for other in list(self.buffers.get(index, ())):
                 if other.stamp and other.stamp.epoch == job.stamp.epoch:
                     self.buffers[index].remove(other)
                     self._on_done(other, REFUSED)
-            self.reporter.process_lost(job.stamp)
+            # The result backend may be away: then the leader tells of a burial.
+            if self.reporter.process_lost(job.stamp) == "buried" and not self.world.chance(0.3):
+                self.world.pause()
+                self.reporter.told(job.stamp)
             self._end(job)
         if not early:
             self._start_process(index)

@@ -21,6 +21,8 @@ class Job:
     announced: bool = False
     accepted: bool = False
     ended: bool = False
+    #: Past its time limit: the pool tells of the end of its process no more.
+    limited: bool = False
 
 
 @dataclass(eq=False)

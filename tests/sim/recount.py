@@ -37,7 +37,7 @@ def at_rest(judge: Judge, slots: int, bad: int) -> None:
         raise Violation("loss", f"{bad} unreadable messages in, {dead['?']} dead")
     _counters(judge, sum(dead.values()), sum(dead[m.nonce] for m in judge.messages.values() if not m.usable) + bad)
     _sending_order(judge)
-    left = [n for n in ("m", "att", "held", "eta", "ring", "unst", "stage", "untold", "hold", "retrying") if judge.ledger.command("EXISTS", queue(STATE, n))]
+    left = [n for n in ("m", "att", "held", "eta", "ring", "unst", "stage", "untold", "telling", "hold", "retrying") if judge.ledger.command("EXISTS", queue(STATE, n))]
     left += [k.decode() for k in judge.ledger.command("KEYS", KEYS.prefix + "b:*")]
     if left:
         raise Violation("leak", f"at rest there are {left}")

@@ -52,7 +52,7 @@ for _, k in ipairs(redis.call('ZRANGEBYSCORE', 'sim:expiry', '-inf', CLOCK)) do
 end
 local SIM_WRITES, SIM_SENT = 0, {}
 local READS = {GET = 1, HGET = 1, HMGET = 1, HGETALL = 1, HEXISTS = 1, HLEN = 1, HVALS = 1, HKEYS = 1,
-  LLEN = 1, LRANGE = 1, LINDEX = 1, EXISTS = 1, SISMEMBER = 1, SMEMBERS = 1, SCARD = 1, ZCARD = 1,
+  LLEN = 1, LPOS = 1, LRANGE = 1, LINDEX = 1, EXISTS = 1, SISMEMBER = 1, SMEMBERS = 1, SCARD = 1, ZCARD = 1,
   ZSCORE = 1, ZRANK = 1, ZRANGE = 1, ZRANGEBYSCORE = 1, ZSCAN = 1, HSCAN = 1, SSCAN = 1, ZCOUNT = 1}
 local function sim_call(name, key, ...)
   if not READS[name] then SIM_WRITES = SIM_WRITES + 1 end

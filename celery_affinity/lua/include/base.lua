@@ -31,7 +31,9 @@
 --                              retrying: hash, its entry -> time of its first retry (ms)
 --   q:<queue>:dead     hash    entry -> why it was buried;  deadm: hash, its message;
 --                              deadz: zset, the entries by number;
---                              untold: list, entries whose callers do not know yet
+--                              untold: list, entries whose callers do not know yet;
+--                              telling: zset, those that a worker is about to tell of -> until when
+--                              that is believed (ms)
 --   q:<queue>:halted   hash    tag that waits for an operator (its hold is +inf) -> "block:<entry>"
 --                              or "park:<entry>": what failed (on_failure), or "pause", or several;
 --                              later: hash, tag -> when the ordered retry at its head is due (ms)

@@ -11,9 +11,10 @@ local function answer(q, token, value)
   return value
 end
 
--- Whether the caller of a buried task still waits to be told by the leader.
+-- Whether the caller of a buried task still waits to be told, by the leader or a worker.
 local function is_untold(q, entry)
-  return redis.call('LPOS', queue_key(q, 'untold'), entry) and true or false
+  return (redis.call('LPOS', queue_key(q, 'untold'), entry)
+    or redis.call('ZSCORE', queue_key(q, 'telling'), entry)) and true or false
 end
 
 local function take_out(q, entry)
@@ -21,6 +22,7 @@ local function take_out(q, entry)
   redis.call('HDEL', queue_key(q, 'deadm'), entry)
   redis.call('ZREM', queue_key(q, 'deadz'), entry)
   redis.call('LREM', queue_key(q, 'untold'), 1, entry)
+  redis.call('ZREM', queue_key(q, 'telling'), entry)
 end
 
 -- End a tag's halt; it may have a slot again.

@@ -221,9 +221,9 @@ local function open_lease(q, tag, inc, i, w)
 end
 
 -- Give back what a lease has out, in order, to the head of its tag: the unstarted, and with
--- `started` also what runs, which then counts as one delivery more. `told`: the caller tells whoever
+-- `started` also what runs, which then counts as one delivery more. `tells`: the caller tells whoever
 -- waits for the first if that is buried. How many went back (or ended).
-local function take_back(l, started, told)
+local function take_back(l, started, tells)
   local out, kept, first = l.out, {}, l.out[1]
   if started and l.mates then
     out = {first}
@@ -248,10 +248,10 @@ local function take_back(l, started, told)
         count(l.q, 'settled')
       elseif o.token and conf(l.q).bury_lost then
         bury(l.q, o.entry, l.tag, 'its process was lost after its start (on_lost)', nil,
-          told and o == first)
+          tells and o == first and 'soon')
       elseif starts >= conf(l.q).deliveries then
         bury(l.q, o.entry, l.tag, 'started ' .. starts .. ' times without an end (max_deliveries)',
-          nil, told and o == first)
+          nil, tells and o == first and 'soon')
       else
         put_back(l.q, l.tag, o.entry)
         count(l.q, 'requeued')

@@ -86,8 +86,16 @@ local function forget_entry(q, entry)
   if is_sampled(entry) then redis.call('HDEL', queue_key(q, 'joined'), entry) end
 end
 
+-- For so long a worker is believed to be about to tell of what it has buried (ms).
+local TELLING = 30000
+
+local function is_about_to_tell(q, entry)
+  redis.call('ZADD', queue_key(q, 'telling'), text(NOW + TELLING), entry)
+end
+
 -- To the dead letters; an admitted one (without `message`) halts its tag where on_failure says so.
--- Whoever waits for its result is told by the leader (untold), unless the caller does that itself.
+-- Whoever waits for its result is told by the leader (untold), unless that has been `told`, or the worker
+-- that calls is about to ('soon'): then by the leader if the worker does not say in time that it has (known).
 local function bury(q, entry, tag, reason, message, told, traceback)
   local meta = {reason = reason, tag = tag, at = NOW, traceback = traceback,
     attempts = tonumber(redis.call('HGET', queue_key(q, 'att'), entry) or 0)}
@@ -101,7 +109,9 @@ local function bury(q, entry, tag, reason, message, told, traceback)
   if not message and conf(q).failure > 0 then
     halt(q, tag, (conf(q).failure == 1 and 'block:' or 'park:') .. entry)
   end
-  if not told then
+  if told == 'soon' then
+    is_about_to_tell(q, entry)
+  elseif not told then
     redis.call('RPUSH', queue_key(q, 'untold'), entry)
     ring_bell(q)
   end
