@@ -67,7 +67,7 @@ class DispatchedRequest:
     affinity_ends: LedgerEnds
     #: Whether tasks run in this process: one over its limit has ended when that is reported.
     affinity_in_process: bool
-    affinity_pool: Any
+    affinity_pool: Any = None
     id: str
     name: str
     task: Any
