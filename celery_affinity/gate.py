@@ -29,13 +29,12 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
 from uuid import uuid4
 
-from celery_affinity import context
+from celery_affinity import context, processes
 from celery_affinity.context import AffinityContext
 from celery_affinity.events import tag_acquired, tag_released
 from celery_affinity.message import STAMP_HEADER, TAG_HEADER, Stamp, tag_text
@@ -95,7 +94,7 @@ class Gate:
         self.in_process = in_process
         self._held: dict[int, tuple[str, str, str]] = {}
         self._numbers = count(1)
-        self._process = f"{os.getpid()}:{_started_at()}:{uuid4().hex[:8]}"
+        self._process = f"{processes.identity(os.getpid())}:{uuid4().hex[:8]}"
         self._starts = Starts(self._scripts, self._token, trust_seconds, granted=slot is not None)
         patience = Patience(logger)
         self._patiently, self._briefly = patience.patiently, patience.briefly
@@ -281,11 +280,3 @@ class Gate:
 
 def _traced(tracer: Tracer, *arguments: Any) -> Any:
     return tracer(*arguments)
-
-
-def _started_at() -> str:
-    try:
-        with open("/proc/self/stat", encoding="ascii") as stat:
-            return stat.read().rsplit(")", 1)[1].split()[19]
-    except OSError:
-        return f"{time.time():.0f}"

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from celery_affinity.connection import connect
 from celery_affinity.delivery import Delivery
 from celery_affinity.keys import Keys
+from celery_affinity.leftovers import Leftovers
 from celery_affinity.relay import Relay
 from celery_affinity.reporter import Reporter
 from celery_affinity.reporters import Reporters
@@ -145,7 +146,7 @@ class NodeLedgers:
     def _make_reporter(
         self, shard: int, lifeline: Lifeline, looks: Sequence[Look], pulse: Callable[[], None]
     ) -> Reporter:
-        all_looks = list(looks)
+        all_looks = [*looks, Leftovers(self.incarnations[shard]).look]
         if self._settings.role == "worker":
             names = {part.state: part.name for part in self.served(shard)}
             all_looks.append(Vacancy(names, 2 * self._settings.leader_ttl).look)

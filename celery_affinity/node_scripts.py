@@ -256,6 +256,10 @@ class NodeScripts(ScriptCalls):
         """An ordinary task begins in a slot."""
         return bool(self._call("occupy", incarnation, "" if slot is None else slot, token))
 
+    def stays(self, incarnation: str) -> list[str]:
+        """What occupies slots of a node: names of stays, and notes of slots."""
+        return [text_of(name) for name in self.client.hkeys(self.keys.worker(incarnation, "busy"))]
+
     def vacate(self, incarnation: str, token: str) -> bool:
         """An ordinary task has ended."""
         return bool(self._call("vacate", incarnation, token))

@@ -3,9 +3,10 @@
 An ordinary task is any that the ledger did not dispatch. While it runs its slot gets no lease.
 
 Crash windows:
-- a slot whose process is gone in an ordinary task is free again when the next one comes up, or at
-  the latest with that one's first task, if Redis was away meanwhile
-  (test_a_process_that_could_not_announce_itself_does_so_before_its_first_task).
+- a slot whose process is gone in an ordinary task is free again when the next one comes up; if
+  Redis was away then, before that one's first task
+  (test_a_process_that_could_not_announce_itself_does_so_before_its_first_task), or with one of the
+  next heartbeats (leftovers.py).
 - Redis is away while an ordinary task ends: its slot is vacated when Redis is back
   (test_a_slot_takes_leases_again_after_an_ordinary_task_that_ended_while_redis_was_away).
 """

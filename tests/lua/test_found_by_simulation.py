@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from typing import Any
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from celery_affinity import gate as gate_module
+from celery_affinity import patience as patience_module
+from celery_affinity import processes
 from celery_affinity.gate import Gate
 from celery_affinity.held import Held
+from celery_affinity.leftovers import Leftovers
 from celery_affinity.message import Stamp
 from celery_affinity.reporter import Reporter
 from celery_affinity.rescuer import Rescuer
@@ -239,7 +242,7 @@ def _gate(scripts: Scripts) -> Gate:
 def test_a_slot_takes_leases_again_after_an_ordinary_task_that_ended_while_redis_was_away(
     bench: Bench, unheard: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(patience_module.time, "sleep", lambda seconds: None)
     bench.lead()
     node = bench.node("n")
     traced = _gate(Away(bench, unheard)).around(lambda *args: "ran")
@@ -259,3 +262,29 @@ def test_a_process_that_could_not_announce_itself_does_so_before_its_first_task(
     bench.send("a", 1)
     bench.admit()
     assert node.take().run() == "empty"
+
+
+def test_a_slot_whose_process_died_in_an_ordinary_task_is_vacated_though_redis_was_away(bench: Bench) -> None:
+    """Its successor could not say that it was new, and no task came to it (seed 130001157)."""
+    bench.lead()
+    node = bench.node("n")
+    with subprocess.Popen(["sleep", "60"]) as process:
+        stay = f"{processes.identity(process.pid)}:1a2b3c4d:5"
+        bench.scripts.occupy("n", 0, stay)
+        bench.send("a", 1)
+        bench.admit()
+        look = Leftovers("n").look
+        look(bench.scripts)
+        assert node.receive() is None, "its process lives"
+        process.kill()
+    look(bench.scripts)
+    assert node.take().run() == "empty"
+
+
+def test_a_process_is_known_by_when_it_started_too() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        known = processes.identity(process.pid)
+        assert not processes.is_gone(known)
+        assert processes.is_gone(f"{known}9"), "the number is another one's now"
+        process.kill()
+    assert processes.is_gone(known)

@@ -17,7 +17,7 @@ from .account import Limits, Message, Violation
 from .bugs import NONE, Bug
 from .candidate import LEADER_TTL, TIMEOUT, Candidate
 from .judge import Judge
-from .node import Node
+from .node import HEARTBEAT, Node
 from .recount import at_rest, nobody_left
 from .server import KEYS, PENDING, STATE, Ledger
 from .virtual import installed
@@ -313,13 +313,23 @@ class History:
         self._until(self._drained, "does not drain")
         # Whoever died unnoticed is noticed now; by a clock that was set back, that much later.
         until = world.now + int((TIMEOUT + LEADER_TTL + 3) * 1e6) + world.set_back
-        self._until(lambda: world.now > until and self._drained(), "does not come to rest")
+        # Else a few heartbeats are enough; the whole time makes half of a history.
+        soon = until if world.rng.random() < 0.25 else world.now + int(3 * HEARTBEAT * 1e6)
+        self._until(
+            lambda: world.now > (until if self._missed() else soon) and self._drained(),
+            "does not come to rest",
+        )
         staying = [n for n in self.nodes if n.alive]
         at_rest(self.judge, sum(n.slots for n in staying), self.bad)
         for node in staying:
             node.stopping = node.stopping or "warm"
         self._until(lambda: not any(n.alive for n in self.nodes), "a node does not stop")
         nobody_left(self.judge, [n.inc for n in self.nodes])
+
+    def _missed(self) -> bool:
+        """Whether a node that has died is still registered."""
+        registered = {inc.decode() for inc in self.world.ledger.command("ZRANGE", KEYS.workers, 0, -1)}
+        return not registered <= {n.inc for n in self.nodes if n.alive}
 
     def _drained(self) -> bool:
         world = self.world

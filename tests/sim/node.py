@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from celery.exceptions import Reject
 from redis.exceptions import RedisError
 
+from celery_affinity.leftovers import Leftovers
 from celery_affinity.message import STAMP_HEADER, Stamp
 from celery_affinity.reporter import Reporter
 from celery_affinity.running import current_run
@@ -27,9 +28,11 @@ from .world import Actor, Group, SimScripts
 if TYPE_CHECKING:
     from .history import History
 
-__all__ = ("Node",)
+__all__ = ("HEARTBEAT", "Node")
 
 REFUSED = object()
+#: Seconds.
+HEARTBEAT = 2.0
 
 
 class Node(Group):
@@ -58,10 +61,15 @@ class Node(Group):
         self._doomed: dict[str, tuple[str, str]] = {}
         #: Entries of which a copy was here that could be used, or was not looked at so far.
         self._usable: set[str] = set()
-        self.reporter = Reporter(self._connect, self.inc, self._announcement, 2.0, Lifeline())
+        looks = [Leftovers(self.inc, self._is_gone).look]
+        self.reporter = Reporter(self._connect, self.inc, self._announcement, HEARTBEAT, Lifeline(), looks)
         self.reporter.held = history.bugs.held(in_turn=not self.threads)
         self.reporter.held.on_end = self.reporter._on_end
         self._actor("parent", self._parent)
+
+    def _is_gone(self, process: str) -> bool:
+        """Whether one of its processes has ended, by what its parent knows of the system."""
+        return not any(proc.identity == process for proc in self.procs)
 
     def _connect(self) -> SimScripts:
         return SimScripts(self.world)
@@ -326,7 +334,8 @@ class Node(Group):
             in_process=self.threads,
             trust_seconds=self.history.judge.limits.timeout_us / 2e6,
         )
-        gate._process = f"{self.name}.{proc.index}.{number}"
+        proc.identity = f"{self.name}:{proc.index}-{number}"
+        gate._process = f"{proc.identity}:sim"
         gate.process_up()
         gated = gate.around(lambda *args: self._task(proc, *args))
         while True:

@@ -33,6 +33,8 @@ class Process:
     index: int
     job: Job | None = None
     token: str = ""
+    #: How its parent knows it.
+    identity: str = ""
     dying: bool = False
     closing: bool = False
     #: Jobs handed to it: one at most.

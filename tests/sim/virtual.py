@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from celery_affinity import (
     burials,
     evacuation,
-    gate,
     leadership,
+    patience,
     reporter,
     rescuer,
     scheduler,
@@ -173,6 +173,10 @@ class FakeClient:
         self._world.pause()
         return self._world.ledger.command("HGET", key, field)
 
+    def hkeys(self, key: str) -> Any:
+        self._world.pause()
+        return self._world.ledger.command("HKEYS", key)
+
     def hmget(self, key: str, fields: Any) -> Any:
         self._world.pause()
         return self._world.ledger.command("HMGET", key, *fields)
@@ -190,7 +194,7 @@ def installed(world: World) -> Iterator[None]:
     pipes = Pipes(world)
     patches: list[tuple[Any, str, Any]] = [
         (module, "time", Time(world))
-        for module in (burials, evacuation, gate, leadership, reporter, rescuer, scheduler, starts, watchdog)
+        for module in (burials, evacuation, leadership, patience, reporter, rescuer, scheduler, starts, watchdog)
     ]
     patches += [(rescuer, "server_clock", lambda client, key: client.clock())]
     patches += [(reporter, "os", pipes), (reporter, "select", pipes)]

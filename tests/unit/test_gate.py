@@ -10,6 +10,7 @@ from gevent import Timeout
 from redis.exceptions import ConnectionError
 
 from celery_affinity import gate as gate_module
+from celery_affinity import patience as patience_module
 from celery_affinity import starts as starts_module
 from celery_affinity.gate import REFUSED, Gate
 from celery_affinity.message import STAMP_HEADER, TAG_HEADER
@@ -105,7 +106,7 @@ def one_away(monkeypatch: pytest.MonkeyPatch) -> tuple[OneAway, Gate]:
 
     ledger = OneAway((1, 0.0), (1, 0.0))
     gate = gate_of(ledger, monkeypatch, incarnations=("inc", "inc-1"))
-    monkeypatch.setattr(gate_module.time, "sleep", waits)
+    monkeypatch.setattr(patience_module.time, "sleep", waits)
     ledger.away = True
     return ledger, gate
 
@@ -185,7 +186,7 @@ def strike_in_the_first_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         if len(slept) == 1:
             raise SoftTimeLimitExceeded
 
-    monkeypatch.setattr(gate_module.time, "sleep", sleep)
+    monkeypatch.setattr(patience_module.time, "sleep", sleep)
 
 
 def test_a_greenlets_time_limit_that_strikes_while_its_slot_is_vacated_leaves_none_occupied(
