@@ -314,9 +314,9 @@ class History:
         # Whoever died unnoticed is noticed now; by a clock that was set back, that much later.
         until = world.now + int((TIMEOUT + LEADER_TTL + 3) * 1e6) + world.set_back
         # Else a few heartbeats are enough; the whole time makes half of a history.
-        soon = until if world.rng.random() < 0.25 else world.now + int(3 * HEARTBEAT * 1e6)
+        soon = until if world.rng.random() < 0.25 else world.now + int((LEADER_TTL + HEARTBEAT) * 1e6)
         self._until(
-            lambda: world.now > (until if self._missed() else soon) and self._drained(),
+            lambda: world.now > (until if self._missed() else soon) and self._drained() and self._told(),
             "does not come to rest",
         )
         staying = [n for n in self.nodes if n.alive]
@@ -325,6 +325,10 @@ class History:
             node.stopping = node.stopping or "warm"
         self._until(lambda: not any(n.alive for n in self.nodes), "a node does not stop")
         nobody_left(self.judge, [n.inc for n in self.nodes])
+
+    def _told(self) -> bool:
+        """Whether nobody waits to hear of a burial: a worker that has died may have meant to tell."""
+        return not self.world.ledger.command("EXISTS", KEYS.queue(STATE, "untold"), KEYS.queue(STATE, "telling"))
 
     def _missed(self) -> bool:
         """Whether a node that has died is still registered."""
