@@ -208,6 +208,10 @@ class _Parent:
         os.set_blocking(self._wakeup, False)
         os.set_blocking(self._wake, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        # A shell ignores them for what it starts behind an `&`: a worker that is told to quit before
+        # Celery has its handlers would not hear of it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
 
     def serve(self) -> bool:
