@@ -22,7 +22,6 @@ class Connection:
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(path)
-        self._file = self._socket.makefile("rb")
 
     def command(self, *args: Any) -> Any:
         """One command. Raises ErrorReply."""
@@ -34,23 +33,51 @@ class Connection:
         return self._read()
 
     def _read(self) -> Any:
-        line = self._file.readline()
-        kind, rest = line[:1], line[1:-2]
-        if kind == b"$":
-            length = int(rest)
-            return None if length < 0 else self._file.read(length + 2)[:-2]
-        if kind == b":":
-            return int(rest)
-        if kind == b"*":
-            length = int(rest)
-            return None if length < 0 else [self._read() for _ in range(length)]
-        if kind == b"+":
-            return rest
-        if kind == b"-":
-            raise ErrorReply(rest.decode("utf-8", "replace"))
-        raise ConnectionError(f"the server hung up ({line!r})")
+        """One answer. Most come in one piece, with all that they contain."""
+        received = self._socket.recv(1 << 16)
+        while True:
+            try:
+                answer, end = _parsed(received, 0)
+            except _Incomplete:
+                if not (more := self._socket.recv(1 << 20)):
+                    raise ConnectionError(f"the server hung up ({received[:100]!r})") from None
+                received += more
+                continue
+            assert end == len(received), "an answer that nobody asked for"
+            if isinstance(answer, ErrorReply):
+                raise answer
+            return answer
 
     def close(self) -> None:
         """Hang up."""
-        self._file.close()
         self._socket.close()
+
+
+class _Incomplete(Exception):
+    """The rest has not come yet."""
+
+
+def _parsed(text: bytes, at: int) -> tuple[Any, int]:
+    """The answer that begins there, and where it ends."""
+    line = text.find(b"\r\n", at)
+    if line < 0:
+        raise _Incomplete
+    kind, end = text[at], line + 2
+    if kind == 58:  # :
+        return int(text[at + 1 : line]), end
+    if kind == 43:  # +
+        return text[at + 1 : line], end
+    if kind == 45:  # -
+        return ErrorReply(text[at + 1 : line].decode("utf-8", "replace")), end
+    length = int(text[at + 1 : line])
+    if length < 0:
+        return None, end
+    if kind == 36:  # $
+        if len(text) < end + length + 2:
+            raise _Incomplete
+        return text[end : end + length], end + length + 2
+    found = []
+    for _ in range(length):
+        one, end = _parsed(text, end)
+        found.append(one)
+    return found, end

@@ -71,14 +71,14 @@ class Actor:
         self.crash: Callable[[], None] | None = None
 
     def can_go(self, now: int) -> bool:
-        """Whether it has something to do now."""
-        if now < self.frozen_until or now < self.group.frozen_until:
+        """Whether it has something to do now. Called more often than anything else."""
+        wake_at, ready = self.wake_at, self.ready
+        if wake_at is None:
+            if ready is not None and not ready():
+                return False
+        elif now < wake_at and (ready is None or not ready()):
             return False
-        if self.wake_at is None and self.ready is None:
-            return True
-        if self.wake_at is not None and now >= self.wake_at:
-            return True
-        return self.ready is not None and self.ready()
+        return now >= self.frozen_until and now >= self.group.frozen_until
 
 
 class _Greenlet(greenlet):  # type: ignore[misc]
