@@ -85,7 +85,7 @@ class Rescuer:
             if not self._scripts.rebase(self._state, fence, credit):
                 return -1
             self._moved, self._credit = False, 0.0
-            self._watch()
+            self._watch(credit or 0)
         while True:
             answer = self._scripts.rescue(
                 self._state, fence, self.BATCH, self._looked(), self._silent()
@@ -126,13 +126,15 @@ class Rescuer:
             return None
         return int(self._last[1] * 1000), int(self.pause * 1000)
 
-    def _watch(self) -> None:
+    def _watch(self, credit: int = 0) -> None:
+        """Note the deadlines. One that was only given the credit (ms) has stayed the same."""
         found = self._scripts.deadlines(self.WATCHED)
         now, known = time.monotonic(), self._deadlines
         self._deadlines = {}
         for incarnation, due in found.items():
             before, since = known.get(incarnation, (due, now))
-            self._deadlines[incarnation] = due, since if before == due else now
+            same = before in (due, due - credit)
+            self._deadlines[incarnation] = due, since if same else now
 
     def _silent(self) -> list[tuple[str, int]]:
         """Workers that may be overdue, with their deadlines, which are the same for long."""

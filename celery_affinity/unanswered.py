@@ -44,8 +44,11 @@ class Unanswered:
         Raises:
             RedisError: If Redis does not answer (yet).
         """
-        while self._waiting:
-            say = self._waiting.popleft()
+        while True:
+            try:
+                say = self._waiting.popleft()
+            except IndexError:  # none, or another thread (at a stop) has told it
+                return
             try:
                 say(scripts)
             except RedisError:

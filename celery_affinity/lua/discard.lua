@@ -18,16 +18,6 @@
 -- @include proceed
 -- @include go_on
 
--- Whether a worker of the queue is not known to lack the task. (Looks at 1,000 workers at most.)
-local function another_may_know(q, task)
-  for _, inc in ipairs(redis.call('ZRANGE', P .. 'workers', 0, 999)) do
-    local w = worker(inc)
-    if w and w.active and w.slots[q]
-      and redis.call('SISMEMBER', worker_key(inc, 'lacks'), task) == 0 then return true end
-  end
-  return false
-end
-
 local inc, i, entry, epoch, send = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local this = entry .. ' ' .. epoch .. ' '
 local last = redis.call('HGET', slot_key(inc, i), 'discarded') or ''
@@ -46,9 +36,9 @@ if o.token and not (is_granted(l, o) and ARGV[6] == 'alone') then return 0 end
 if l.cn > 1 then redis.call('SREM', queue_key(l.q, 'unst'), l.tag) end
 if ARGV[7] == 'unknown' then
   redis.call('SADD', worker_key(inc, 'lacks'), ARGV[8])
-  if another_may_know(l.q, ARGV[8]) then
+  if may_be_known(l.q, ARGV[8]) then
     redis.call('HSET', queue_key(l.q, 'needs'), l.tag, ARGV[8])
-    redis.call('HSET', queue_key(l.q, 'conf'), 'lacking', '1')
+    redis.call('HSETNX', queue_key(l.q, 'conf'), 'lacking', '0')  -- forget_needs (promote) looks on from there
     conf(l.q).lacking = true
     put_back(l.q, l.tag, entry)
     if k == 1 then drop_first(l) else l.out[2] = nil end

@@ -4,6 +4,8 @@
 -- KEYS[1] namespace prefix     ARGV queue, entry
 -- Returns 1 noted; 0 it was known already (a repeat)
 -- @include base
-local noted = redis.call('ZREM', queue_key(ARGV[1], 'telling'), ARGV[2])
-  + redis.call('LREM', queue_key(ARGV[1], 'untold'), 1, ARGV[2])
-return math.min(noted, 1)
+local telling, untold, entry = queue_key(ARGV[1], 'telling'), queue_key(ARGV[1], 'untold'), ARGV[2]
+if not redis.call('ZSCORE', telling, entry) and not redis.call('LPOS', untold, entry) then return 0 end
+redis.call('ZREM', telling, entry)
+redis.call('LREM', untold, 1, entry)
+return 1

@@ -16,21 +16,20 @@
 -- @include tend
 
 -- A tag that waits for a worker that may know its task, and none is left: it goes to any, which ends it.
--- A few at a time, from where the last pass stopped.
+-- At most ten tasks are asked for, from where the last pass stopped.
 local function forget_needs(q)
   local needs, config = queue_key(q, 'needs'), queue_key(q, 'conf')
   local page = redis.call('HSCAN', needs, redis.call('HGET', config, 'lacking'), 'COUNT', 10)
   redis.call('HSET', config, 'lacking', page[1])
-  local workers = redis.call('ZRANGE', P .. 'workers', 0, 99)
+  local asked, hopeless = 0, {}
   for k = 1, #page[2], 2 do
-    local tag, task, found = page[2][k], page[2][k + 1], false
-    for _, inc in ipairs(workers) do
-      local w = worker(inc)
-      found = w and w.active and w.slots[q] ~= nil
-        and redis.call('SISMEMBER', worker_key(inc, 'lacks'), task) == 0
-      if found then break end
+    local tag, task = page[2][k], page[2][k + 1]
+    if hopeless[task] == nil then
+      if asked == 10 then break end
+      asked = asked + 1
+      hopeless[task] = not may_be_known(q, task)
     end
-    if not found then redis.call('HDEL', needs, tag) end
+    if hopeless[task] then redis.call('HDEL', needs, tag) end
   end
 end
 

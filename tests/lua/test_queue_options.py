@@ -7,7 +7,7 @@ import pytest
 from celery_affinity.intake import Intake, no_tag
 from harness import wait_until
 
-from .conftest import Bench, Copy, Node
+from .conftest import Bench, Node
 
 # max_batch_seconds
 
@@ -356,6 +356,24 @@ def test_an_unknown_task_is_buried_when_the_last_worker_that_might_know_it_is_go
     assert bench.client.hget(bench.queue_key("needs"), "a") is None
 
 
+def test_a_pass_asks_for_few_of_the_tags_that_wait_for_a_worker_that_knows_their_task(bench: Bench) -> None:
+    bench.lead()
+    for number in range(50):
+        bench.node(f"w{number}")
+        bench.client.sadd(bench.scripts.keys.worker(f"w{number}", "lacks"), *(f"t{one}" for one in range(20)))
+    bench.client.hset(bench.queue_key("needs"), mapping={f"tag-{one}": f"t{one % 20}" for one in range(400)})
+    bench.client.hset(bench.queue_key("conf"), "lacking", "0")
+
+    def asked() -> int:
+        stats = bench.client.info("commandstats")
+        return int(stats.get("cmdstat_sismember", {}).get("calls", 0))
+
+    before = asked()
+    bench.promote()
+    assert asked() - before <= 10 * 50
+    wait_until(lambda: bench.promote() and not bench.client.exists(bench.queue_key("needs")), what="all of them")
+
+
 def test_a_retry_on_hold_goes_on_when_retries_are_not_ordered_any_more(bench: Bench) -> None:
     """Nobody looked for it any more: its tag waited until a new task of it came, with another tag paused for ever."""
     bench.lead(ordered=60_000)
@@ -368,150 +386,3 @@ def test_a_retry_on_hold_goes_on_when_retries_are_not_ordered_any_more(bench: Be
     bench.lead(ordered=0)
     wait_until(lambda: bench.promote() and bench.client.llen(node.list) == 1, what="its dispatch")
     assert node.drain_all() == ["a-1", "a-2"]
-
-
-# Many tags that no free slot may have now
-
-
-def look_on(bench: Bench) -> int:
-    """What a leader does while its bell rings; how many steps."""
-    steps = 0
-    while bench.client.exists(bench.queue_key("wake")):
-        bench.promote()
-        steps += 1
-        assert steps < 1000, "it never comes to an end"
-    return steps
-
-
-def unknown(bench: Bench, tags: int, **limits: int) -> tuple[Copy, Node]:
-    """What runs in a worker that knows all tasks, and one without work that lacks those of so many tags."""
-    bench.lead(**limits)
-    knows = bench.node("knows")
-    bench.send("busy", 1)
-    bench.admit_all()
-    busy = knows.take()
-    busy.start()
-    lacks = bench.node("lacks")
-    bench.client.sadd(bench.scripts.keys.worker("lacks", "lacks"), "t")
-    bench.client.hset(bench.queue_key("conf"), "lacking", "1")
-    for n in range(tags):
-        bench.client.hset(bench.queue_key("needs"), f"u{n}", "t")
-        bench.send(f"u{n}", 1)
-    bench.admit_all()
-    look_on(bench)
-    assert lacks.receive() is None
-    return busy, lacks
-
-
-MANY = pytest.mark.parametrize("tags", [63, 64, 65, 99, 100, 101, 300])
-
-
-@MANY
-def test_many_tags_of_an_unknown_task_do_not_hold_up_one_that_comes(bench: Bench, tags: int) -> None:
-    _, lacks = unknown(bench, tags)
-    bench.send("c", 1, 2)
-    bench.admit_all()
-    look_on(bench)
-    assert lacks.drain_all() == ["c-1", "c-2"]
-
-
-@MANY
-def test_many_tags_of_an_unknown_task_do_not_hold_up_one_that_waits_for_a_slot(
-    bench: Bench, tags: int
-) -> None:
-    _, lacks = unknown(bench, tags)
-    bench.send("c", 1)
-    bench.admit_all()
-    look_on(bench)
-    first = lacks.take()
-    first.start()
-    bench.send("d", 1)
-    bench.send("e", 1)
-    bench.admit_all()
-    first.settle()
-    look_on(bench)
-    second = lacks.take()
-    assert (second.id, second.run()) == ("d-1", "empty"), "in the order of their places"
-    look_on(bench)
-    assert lacks.drain_all() == ["e-1"]
-    look_on(bench)
-    assert not bench.client.exists(bench.queue_key("look"))
-
-
-@pytest.mark.parametrize("tags", [9, 10, 11, 100])
-def test_many_tags_of_an_unknown_task_do_not_hold_up_a_tags_next_lease(bench: Bench, tags: int) -> None:
-    _, lacks = unknown(bench, tags, own={"c": 2})  # type: ignore[arg-type]
-    other = bench.node("other")
-    bench.client.sadd(bench.scripts.keys.worker("other", "lacks"), "t")
-    look_on(bench)
-    while copy := other.receive():  # it was tried before its worker was known to lack the task
-        copy.discard("unknown", "t")
-    bench.send("c", 1, 2)
-    bench.admit_all()
-    look_on(bench)
-    first = lacks.receive() or other.take()
-    first.start()
-    look_on(bench)
-    assert (lacks.receive() or other.take()).id == "c-2"
-
-
-def test_tags_of_an_unknown_task_keep_their_places_while_others_pass_them(bench: Bench) -> None:
-    busy, lacks = unknown(bench, 150)
-    bench.send("c", 1)
-    bench.admit_all()
-    look_on(bench)
-    assert lacks.drain_all() == ["c-1"]
-    busy.settle()
-    assert busy.node.drain_all() == [f"u{n}-1" for n in range(150)]
-
-
-@pytest.mark.parametrize("tags", [63, 64, 65, 99, 100, 101, 300])
-def test_many_tags_that_wait_for_their_slot_do_not_hold_up_others(bench: Bench, tags: int) -> None:
-    bench.lead(warm_wait=60_000, warm=1000)
-    warm = bench.node("warm")
-    bench.send("busy", 1)
-    bench.admit_all()
-    warm.take().start()
-    free = bench.node("free")
-    for n in range(tags):
-        bench.client.hset(bench.queue_key("warm"), f"w{n}", "warm:0")
-        bench.send(f"w{n}", 1)
-    bench.send("c", 1)
-    bench.admit_all()
-    look_on(bench)
-    assert free.drain_all() == ["c-1"]
-    assert 0 < bench.promote()[1] <= 60_000, "it wakes up for the first of them"
-
-
-def test_a_leader_looks_on_in_bounded_steps_and_stops_at_the_end_of_the_ring(bench: Bench) -> None:
-    unknown(bench, 500)
-    bench.send("u499", 2)
-    bench.admit_all()
-    bench.client.lpush(bench.queue_key("wake"), "1")
-    assert look_on(bench) == 1 + (500 - 100) // 63, "63 more in each step, and the last one again"
-    assert not bench.client.exists(bench.queue_key("look"))
-
-
-def test_a_slot_that_becomes_free_while_the_leader_looks_on_is_looked_for_from_the_start(
-    bench: Bench,
-) -> None:
-    busy, _ = unknown(bench, 100)
-    bench.client.hset(bench.queue_key("needs"), "x", "x")  # only the busy worker lacks that
-    bench.client.sadd(bench.scripts.keys.worker("lacks", "lacks"), "x")
-    third = bench.node("third")
-    bench.client.sadd(bench.scripts.keys.worker("third", "lacks"), "t")
-    for copy in iter(third.receive, None):
-        copy.discard("unknown", "t")
-    bench.send("x", 1)
-    for n in range(400):
-        bench.client.hset(bench.queue_key("needs"), f"v{n}", "t")
-        bench.send(f"v{n}", 1)
-    bench.scripts.occupy("third", 0, "ordinary")
-    bench.admit_all()
-    for _ in range(4):
-        bench.promote()
-    assert bench.client.hget(bench.queue_key("look"), "from"), "it is past the place of x"
-    bench.scripts.vacate("third", "ordinary")
-    look_on(bench)
-    assert third.take().id == "x-1"
-    assert busy.settle()

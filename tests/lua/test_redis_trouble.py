@@ -232,6 +232,20 @@ def test_a_worker_whose_heartbeats_come_is_not_given_up_whatever_the_clock_says(
     assert passes_until_given_up(bench, clock, rescuer) == 7, "three quarters of a timeout without one"
 
 
+def test_a_leader_whose_looks_are_far_apart_gives_a_lost_worker_up(bench: Bench, clock: Clock) -> None:
+    """Each look gives all workers some time more: their deadlines move, and say nothing of a heartbeat."""
+    bench.lead()
+    bench.node("n", timeout_ms=8000)
+    rescuer = Rescuer(Later(bench, clock), "q", 8.0)
+    rescuer.run(bench.fence)
+    bench.overdue("n", -100_000)
+    for _ in range(3):
+        assert is_there(bench, "n")
+        clock.now += 5
+        rescuer.run(bench.fence)
+    assert not is_there(bench, "n")
+
+
 def test_a_rescue_that_has_begun_is_gone_on_with_by_a_leader_that_has_seen_nothing(bench: Bench) -> None:
     bench.lead()
     bench.node("n", slots=2)

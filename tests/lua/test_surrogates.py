@@ -54,7 +54,7 @@ def test_it_can_be_revoked(bench: Bench) -> None:
     assert b'"affinity_revoked": true' in sent
 
 
-@pytest.mark.parametrize("tag", ["a", 7])
+@pytest.mark.parametrize("tag", ["a", 7, 'a"b', "a\\"])
 def test_it_is_evacuated(bench: Bench, tag: str | int) -> None:
     bench.lead()
     push(bench, tag, 1, file=NAME)

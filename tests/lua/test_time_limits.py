@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ from billiard.exceptions import TimeLimitExceeded
 from celery.worker import state as worker_state
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from celery_affinity.embedded import Server
 from celery_affinity.reporter import Reporter
 from celery_affinity.request import DispatchedRequest
 from celery_affinity.watchdog import Lifeline
@@ -185,7 +188,7 @@ def test_a_worker_that_stops_asks_once_more_what_becomes_of_a_task_over_its_limi
     request = over(copy, scripts)
     scripts.away = ""
     request.affinity_ends.leave()
-    assert request.told == ["failure", "limit"], "in the thread that stops it"
+    wait_until(lambda: request.told == ["failure", "limit"], what="the telling, for which the interpreter's end waits")
     assert bench.node("other").receive() is None
 
 
@@ -200,3 +203,54 @@ def test_a_call_of_several_tasks_over_its_limit_is_not_told(
     assert over(copy).told == []
     bench.scripts.process_up("n", 0)
     assert node.drain_all() == ["a-1", "a-2"]
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+def test_a_telling_that_fails_ends_neither_the_worker_nor_the_hold_on_its_task(
+    bench: Bench, over: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, in_process: bool
+) -> None:
+    """Celery's result backend is away, which may be a Redis, too."""
+
+    def fails(*_: Any) -> None:
+        raise RedisConnectionError("the result backend")
+
+    for name in ("on_failure", "on_timeout"):
+        monkeypatch.setattr(Stock, name, fails)
+    node = bench.opening(1)
+    copy = node.take()
+    copy.start()
+    request = over(copy, in_process=in_process)
+    reporter = request.affinity_ends
+    assert reporter.held.names() == []
+    reporter.leave()
+    assert not bench.client.exists(bench.scripts.keys.worker("n", "info")), "it has left"
+
+
+GEVENT = """
+from gevent import monkey; monkey.patch_all()
+import sys, threading
+from types import SimpleNamespace
+import gevent, redis
+from celery_affinity.internals import native_thread
+from celery_affinity.limits import HardLimit
+client = redis.Redis.from_url(sys.argv[1])
+client.ping()
+answer, told = [], []
+ends = SimpleNamespace(past_limit=lambda stamp, answered: answer.append(answered), process_lost=lambda stamp: None)
+request = SimpleNamespace(
+    affinity_ends=ends, affinity_stamp=None, affinity_in_process=True, _stops=lambda: None,
+    _vanish=lambda: told.append("gone"), name="task", id="id",
+)
+HardLimit(request).tell(lambda: told.append(client.blpop("nothing", 0.05)))
+native_thread(lambda: answer[0](1), "the heartbeat's")
+gevent.sleep(1)
+print(told)
+"""
+
+
+def test_on_gevent_an_answer_that_came_late_is_told_where_its_connections_are(shared_server: Server) -> None:
+    """The heartbeat's thread has a hub of its own: "cannot switch to a different thread"."""
+    done = subprocess.run(
+        [sys.executable, "-c", GEVENT, shared_server.url()], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "[None, 'gone']", done.stdout + done.stderr

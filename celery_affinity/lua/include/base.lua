@@ -25,8 +25,6 @@
 --   q:<queue>:warm     hash    tag -> the slot that had it last;  warmz: zset, its LRU order
 --   q:<queue>:since    hash    tag in the ring -> since when (ms), with warm_wait only
 --   q:<queue>:needs    hash    tag -> task that the worker which had it last does not know
---   q:<queue>:look     hash    while the leader looks for a tag for free slots behind many that they may not
---                              have now: from, the place it came to; anew: then from the start again
 --   q:<queue>:hold     zset    tags that wait for an ordered retry, by its due time (ms);
 --                              retrying: hash, its entry -> time of its first retry (ms)
 --   q:<queue>:dead     hash    entry -> why it was buried;  deadm: hash, its message;
@@ -95,12 +93,22 @@ local function ring_bell(q)
   if redis.call('LLEN', bell) == 0 then redis.call('LPUSH', bell, '1') end
 end
 
+-- The string of a JSON text whose first quote is there, with its quotes.
+local function quoted(raw, from)
+  local to = from
+  repeat
+    to = string.find(raw, '"', to + 1, true)
+    local slashes = to and #string.match(string.sub(raw, from + 1, to - 1), '\\*$')
+  until not to or slashes % 2 == 0
+  return to and string.sub(raw, from, to)
+end
+
 -- A header of a message. Python admits what cjson cannot read: a lone surrogate in some header.
 local function header(raw, name)
   local ok, m = pcall(cjson.decode, raw)
   if ok then return m.headers[name] end
-  local found = string.match(raw, '"' .. name .. '":%s*("[^"]*")')
-    or string.match(raw, '"' .. name .. '":%s*(-?%d+)')
+  local _, from = string.find(raw, '"' .. name .. '":%s*"')
+  local found = from and quoted(raw, from) or string.match(raw, '"' .. name .. '":%s*(-?%d+)')
   ok, m = pcall(cjson.decode, '[' .. (found or '') .. ']')
   return ok and m[1] or nil
 end

@@ -88,6 +88,16 @@ local function takes_more(l)
   return task and string.find(names, '\n' .. task .. '\n', 1, true)
 end
 
+-- Whether a worker of the queue is not known to lack the task. (Looks at 1,000 workers at most.)
+local function may_be_known(q, task)
+  for _, inc in ipairs(redis.call('ZRANGE', P .. 'workers', 0, 999)) do
+    local w = worker(inc)
+    if w and w.active and w.slots[q]
+      and redis.call('SISMEMBER', worker_key(inc, 'lacks'), task) == 0 then return true end
+  end
+  return false
+end
+
 -- The worker that an operator has sent the tag to (move), or nil: it went there, or cannot.
 local function destination(q, tag)
   local mark = conf(q).moving and redis.call('HGET', queue_key(q, 'moves'), tag)
