@@ -102,6 +102,11 @@ class Proxy:
         ready.set()
         self._loop.run_forever()
         server.close()
+        pumps = asyncio.all_tasks(self._loop)
+        for pump in pumps:
+            pump.cancel()
+        self._loop.run_until_complete(asyncio.gather(*pumps, return_exceptions=True))
+        self._loop.close()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
