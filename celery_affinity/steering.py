@@ -3,13 +3,14 @@
 Crash windows: each step is one script that does a part or has done it already, so whoever dies
 between two has done some, and a repeat does the rest
 (test_a_purge_cut_off_half_way_is_finished_by_a_repeat). A revoke's first step covers all but what
-is due later.
+is due later; what becomes due while it is under way is revoked all the same
+(test_a_task_that_becomes_due_while_its_tag_is_revoked_is_revoked).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from celery_affinity.operator_scripts import OperatorScripts
@@ -18,6 +19,8 @@ __all__ = ("purge", "revoke")
 
 #: Entries that one script deletes at most, and messages that are read at a time.
 BATCH = 200
+
+_Thing = TypeVar("_Thing")
 
 
 def purge(scripts: OperatorScripts, state: str, tag: str, due: Sequence[int]) -> int:
@@ -50,18 +53,27 @@ def revoke(
         due: Reads its entries that are due later.
         headers: Reads the headers of entries.
     """
+    # What becomes due is a new entry: read before, or one that does so meanwhile would be missed.
+    later = due()
+    revoked = _ids(later, headers)
     answer = scripts.revoke_tag(state, tag)
     if answer is None:
         return None
     waiting, running = answer
-    later = due()
-    # A retry of what runs now would be a new entry, as is one that becomes due.
-    for page in _pages([*running, *later]):
-        if ids := [str(about["id"]) for about in headers(page).values() if "id" in about]:
-            scripts.revoke([state], ids)
+    # A retry of what runs now would be a new entry, too.
+    revoked += _ids(running, headers)
+    for page in _pages(revoked):
+        scripts.revoke([state], page)
     return waiting + len(later)
 
 
-def _pages(entries: Sequence[int]) -> Iterator[Sequence[int]]:
-    for at in range(0, len(entries), BATCH):
-        yield entries[at : at + BATCH]
+def _ids(
+    entries: Sequence[int], headers: Callable[[Sequence[int]], Mapping[int, Mapping[str, Any]]]
+) -> list[str]:
+    found = [about for page in _pages(entries) for about in headers(page).values()]
+    return [str(about["id"]) for about in found if "id" in about]
+
+
+def _pages(things: Sequence[_Thing]) -> Iterator[Sequence[_Thing]]:
+    for at in range(0, len(things), BATCH):
+        yield things[at : at + BATCH]

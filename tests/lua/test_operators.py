@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -522,6 +523,30 @@ def test_a_revoked_tag_goes_out_with_the_note_and_what_comes_later_without(
         bench.scripts.discard(inc, int(slot), entry, epoch, send, "settle")
     assert noted == {"a-1": True, "a-2": True, "a-3": True, "a-4": True, "a-9": False, "b-1": False}
     assert bench.client.zscore(bench.scripts.keys.prefix + "revoked", "a-due")
+
+
+def test_a_task_that_becomes_due_while_its_tag_is_revoked_is_revoked(bench: Bench) -> None:
+    """It has a new number then: neither was it among the tag's entries, nor among those that are due later."""
+
+    class Slow(OperatorScripts):
+        def revoke_tag(self, state: str, tag: str) -> tuple[int, list[int]] | None:
+            answer = super().revoke_tag(state, tag)
+            wait_until(lambda: bench.promote()[0] == 1, what="that it is due")
+            return answer
+
+    bench.lead()
+    soon = datetime.now(timezone.utc) + timedelta(seconds=0.3)
+    bench.send("a", 1, eta=soon.isoformat())
+    bench.admit_all()
+
+    def due() -> list[int]:
+        return [int(member.split(b":")[0]) for member in bench.client.zrange(bench.queue_key("eta"), 0, -1)]
+
+    operator = Slow(bench.client, bench.scripts.keys)
+    assert steering.revoke(operator, "q", "a", due, headers(bench)) == 1
+    node = bench.node("n")
+    (sent,) = bench.client.lrange(node.list, 0, -1)
+    assert b'"affinity_revoked": true' in sent
 
 
 def test_a_new_term_forgets_revoked_tags_that_are_through(
