@@ -44,7 +44,11 @@ def test_a_history_with_crashes_lost_replies_and_frozen_nodes_is_lawful(simulate
         assert violation is None, "\n".join([*history.world.log, f"replay: make sim N=1 SEED={seed}"])
 
 
-@pytest.mark.parametrize("name", BUGS)
+#: Found after hundreds of histories.
+RARE = ("grant-ageless", "grant-is-nothing", "discard-unasked", "vacated-once", "flush-forgets", "uncounted-copies")
+
+
+@pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.long) if one in RARE else one for one in BUGS])
 def test_a_planted_bug_is_found(simulated: Ledger, name: str) -> None:
     _, violation = find(simulated, BUGS[name], 0, PATIENCE)
     assert violation is not None, f"{name} was not found in {PATIENCE} histories"
