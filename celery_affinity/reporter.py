@@ -21,7 +21,6 @@ import os
 import select
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
@@ -88,7 +87,6 @@ class Reporter:
         self._said: object = None
         self._change = self._in_force = 0
         self._busy_slots: set[int] = set()
-        self._to_vacate: deque[int] = deque()
         self._reachability = Reachability(logger, "heartbeats")
         self._unanswered = Unanswered(self._scripts, self._reachability, self._wake)
 
@@ -227,9 +225,6 @@ class Reporter:
             try:
                 if self._draining and not self._drained:
                     self.drain(scripts)
-                while self._to_vacate:
-                    scripts.vacate(self._incarnation, f"slot:{self._to_vacate[0]}")
-                    self._to_vacate.popleft()
                 # Before the beat: it would give back what was over its limit.
                 self._unanswered.again(scripts)
                 self._tell_changes(scripts)
@@ -314,8 +309,9 @@ class Reporter:
     def _free(self, slot: int) -> None:
         if slot in self._busy_slots:
             self._busy_slots.discard(slot)
-            self._to_vacate.append(slot)
-            self._wake()
+            self._unanswered.tell_soon(
+                lambda scripts: scripts.vacate(self._incarnation, f"slot:{slot}")
+            )
 
     def _wake(self) -> None:
         try:

@@ -7,7 +7,6 @@ is seen.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from celery.concurrency.base import BasePool
 from celery.exceptions import InvalidTaskError
 from celery.worker import state as worker_state
 
+from celery_affinity import processes
 from celery_affinity.batch_calls import EVENTS_HEADER, Mates, mates_of
 from celery_affinity.gate import REFUSED
 from celery_affinity.held import Held
@@ -305,7 +305,8 @@ class DispatchedRequest:
         # gevent's pool has its greenlets by number as long as they run (Celery 5.4 to 5.7).
         greenlets = getattr(self.affinity_pool, "_pool_map", None)
         if not self.affinity_in_process:
-            self.affinity_ends.held.stopping(self.affinity_stamp, partial(_is_gone, pid))
+            gone = partial(processes.is_gone, processes.identity(pid))
+            self.affinity_ends.held.stopping(self.affinity_stamp, gone)
         elif greenlets is not None:
             self.affinity_ends.held.stopping(self.affinity_stamp, lambda: pid not in greenlets)
 
@@ -322,14 +323,6 @@ class DispatchedRequest:
         original = self.affinity_ends.held.other_request(task_id, self)
         if original is not None:
             worker_state.requests[task_id] = original
-
-
-def _is_gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
 
 
 def never_requeued(task: Any, fail: Callable[..., Any]) -> Callable[..., Any]:

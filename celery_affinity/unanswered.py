@@ -35,8 +35,12 @@ class Unanswered:
             say(self._scripts)
         except RedisError as error:
             self._reachability.unanswered(error)
-            self._waiting.append(say)
-            self._wake()
+            self.tell_soon(say)
+
+    def tell_soon(self, say: Callable[[Scripts], object]) -> None:
+        """By the heartbeat's thread. Safe in any thread, also in the middle of a call."""
+        self._waiting.append(say)
+        self._wake()
 
     def again(self, scripts: Scripts) -> None:
         """Tell what could not be told, in order.

@@ -4,7 +4,8 @@
 -- ARGV    queue, fence, how many leases at most (but the last one's tag gives back all that it has there),
 --         Redis' clock when the leader looked at it (ms), for how long that look is good (ms), then
 --         incarnation and deadline of each worker whose deadline has been the same for long by the
---         leader's own clock: others are not taken out, unless their rescue has begun. Without the last ones whatever is overdue is.
+--         leader's own clock: others are not taken out, unless their rescue has begun. (Without a look,
+--         as laws call it, whatever is overdue is.)
 -- Returns {-1} not the leader; {-2} the look is too old, or the clock has jumped since: look again;
 --         {0, ms until the next worker can be overdue, or -1 without workers};
 --         {1, node name, incarnation, entries given back, more}

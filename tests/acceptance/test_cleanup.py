@@ -39,11 +39,6 @@ LASTING = re.compile(
 
 
 @pytest.fixture
-def producer(cluster: Cluster) -> Producer:
-    return Producer(cluster.broker_url)
-
-
-@pytest.fixture
 def redis(server: Server) -> Redis:
     return server.client()
 

@@ -28,6 +28,7 @@ from acceptance.support import (
     leading,
     slots,
     start,
+    start_under_a_beat,
     starts_are,
     wait_for_nodes,
     wait_for_run,
@@ -40,11 +41,6 @@ from history import History, record
 pytestmark = pytest.mark.acceptance
 
 TAGS = [f"tag-{number}" for number in range(6)]
-
-
-@pytest.fixture
-def producer(cluster: Cluster) -> Producer:
-    return Producer(cluster.broker_url)
 
 
 @pytest.fixture
@@ -143,13 +139,7 @@ def test_a_task_that_blocks_the_event_loop_does_not_cost_the_lease(
 def test_connections_that_are_reset_lose_and_double_nothing(
     cluster: Cluster, history_path: Path, producer: Producer, proxy: Proxy
 ) -> None:
-    remote = {**QUICK, BROKER_VARIABLE: proxy.url()}
-    for name in ("w1", "w2"):
-        cluster.worker(
-            APP, name, queues="jobs", concurrency=2, environ={**remote, **WORKER_ONLY}, extra=LEAN
-        )
-    cluster.beat(APP, environ=remote)
-    wait_for_nodes(producer.affinity, 2)
+    start_under_a_beat(cluster, producer, {**QUICK, BROKER_VARIABLE: proxy.url()})
     producer.send_each(TAGS * 4, 10, ms=12)
     for cut in range(1, 6):
         wait_until(starts_are(history_path, cut * 35), what=f"{cut * 35} starts")

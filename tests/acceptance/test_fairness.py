@@ -16,11 +16,6 @@ HOT = 2000
 CEILING_SECONDS = 2.0
 
 
-@pytest.fixture
-def producer(cluster: Cluster) -> Producer:
-    return Producer(cluster.broker_url)
-
-
 def test_twenty_cold_tags_start_within_two_seconds_behind_a_hot_backlog_of_4000(
     cluster: Cluster, history_path: Path, producer: Producer
 ) -> None:

@@ -9,7 +9,6 @@ from urllib.parse import quote
 
 import pytest
 
-from acceptance.support import Producer
 from acceptance.test_order import (
     test_a_single_worker_schedules_for_itself,
     test_tasks_with_a_due_time_run_not_before_it_and_soon_after,
@@ -56,11 +55,6 @@ def redis_cluster(redis_cluster: RedisCluster) -> RedisCluster:
         server.client().execute_command("ACL", "SETUSER", *words)
     redis_cluster.user = f"ledger:{quote(PASSWORD, safe='')}@"
     return redis_cluster
-
-
-@pytest.fixture
-def producer(cluster: Cluster) -> Producer:
-    return Producer(cluster.broker_url)
 
 
 def test_operators_calls_and_the_minimal_acl_are_enough(

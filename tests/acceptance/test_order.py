@@ -25,11 +25,6 @@ pytestmark = pytest.mark.acceptance
 TAGS, BURSTS, BURST = 30, 20, 5
 
 
-@pytest.fixture
-def producer(cluster: Cluster) -> Producer:
-    return Producer(cluster.broker_url)
-
-
 @pytest.mark.parametrize("pool, concurrency", [("prefork", 2), ("threads", 2), pytest.param("solo", 1, marks=long), pytest.param("gevent", 4, marks=long)])
 def test_one_queue_one_worker_one_tag_runs_in_order(
     cluster: Cluster, history_path: Path, producer: Producer, pool: str, concurrency: int

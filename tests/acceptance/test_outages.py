@@ -40,11 +40,6 @@ def server(aof_server: Server) -> Server:
     return aof_server
 
 
-@pytest.fixture
-def producer(cluster: Cluster) -> Producer:
-    return Producer(cluster.broker_url)
-
-
 def lines(node: Node, text: str) -> list[str]:
     return [line for line in node.log_text(all_starts=True).splitlines() if text in line]
 

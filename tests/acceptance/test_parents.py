@@ -31,11 +31,6 @@ pytestmark = pytest.mark.acceptance
 APP = "acceptance.apps.stopping"
 
 
-@pytest.fixture
-def producer(cluster: Cluster) -> Producer:
-    return Producer(cluster.broker_url)
-
-
 def worker(cluster: Cluster, name: str, pool: str, concurrency: int = 1) -> Node:
     return cluster.worker(
         APP, name, queues="jobs", pool=pool, concurrency=concurrency,

@@ -40,11 +40,6 @@ pytestmark = pytest.mark.acceptance
 TAGS = [f"tag-{number}" for number in range(8)]
 
 
-@pytest.fixture
-def producer(cluster: Cluster) -> Producer:
-    return Producer(cluster.broker_url)
-
-
 def first_starts(found: list[Run], after: float, wanted: Callable[[Run], bool]) -> dict[str, float]:
     """Seconds from a moment to each tag's first wanted start after it."""
     firsts: dict[str, float] = {}

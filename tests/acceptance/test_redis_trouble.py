@@ -308,11 +308,6 @@ def server(aof_server: Server) -> Server:
     return aof_server
 
 
-@pytest.fixture
-def producer(cluster: Cluster) -> Producer:
-    return Producer(cluster.broker_url)
-
-
 def start_two(cluster: Cluster, producer: Producer) -> tuple[Node, Node]:
     worker = cluster.worker(
         APP, queues="jobs", concurrency=2, environ={**QUICK, **WORKER_ONLY}, extra=LEAN

@@ -30,11 +30,6 @@ TAGS = [f"tag-{number}" for number in range(8)]
 
 
 @pytest.fixture
-def producer(cluster: Cluster) -> Producer:
-    return Producer(cluster.broker_url)
-
-
-@pytest.fixture
 def redis(server: Server) -> Redis:
     return server.client()
 

@@ -18,11 +18,6 @@ APP = "acceptance.apps.newer"
 STOPPING = {**QUICK, "AFFINITY_ON_LEDGER_LOST": "stop"}
 
 
-@pytest.fixture
-def producer(cluster: Cluster) -> Producer:
-    return Producer(cluster.broker_url)
-
-
 @pytest.mark.proves(
     "29: a worker is cut off from Redis, on_ledger_lost stop",
     "its task is killed before the lease ends",

@@ -19,7 +19,7 @@ from celery_affinity.request import DispatchedRequest
 from celery_affinity.watchdog import Lifeline
 from harness import wait_until
 
-from .conftest import Bench, Copy
+from .conftest import Bench, Copy, Node
 
 
 class Away:
@@ -76,13 +76,19 @@ def over(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return strike
 
 
+def started(bench: Bench, *ids: int) -> tuple[Node, Copy]:
+    """A node, and the message of a tag's first task, which runs there."""
+    node = bench.opening(*ids)
+    copy = node.take()
+    assert copy.start() == 1
+    return node, copy
+
+
 @pytest.mark.parametrize("in_process", [False, True])
 def test_a_hard_limit_is_told_and_its_task_runs_no_more(
     bench: Bench, over: Callable[..., Any], in_process: bool
 ) -> None:
-    node = bench.opening(1, 2)
-    copy = node.take()
-    copy.start()
+    node, copy = started(bench, 1, 2)
     request = over(copy, in_process=in_process)
     bench.scripts.process_up("n", 0)
     assert request.told == (["limit"] if in_process else ["failure", "limit"])
@@ -106,9 +112,7 @@ def test_a_hard_limit_that_strikes_before_the_start_is_not_told_and_the_task_run
 def test_a_hard_limit_of_a_task_whose_lease_was_taken_away_is_not_told(
     bench: Bench, over: Callable[..., Any]
 ) -> None:
-    node = bench.opening(1)
-    copy = node.take()
-    copy.start()
+    _, copy = started(bench, 1)
     bench.overdue("n")
     wait_until(lambda: bench.scripts.rescue("q", bench.fence, 10)[0] == 1, what="the rescue")
     assert over(copy).told == []
@@ -119,9 +123,7 @@ def test_a_hard_limit_of_a_task_whose_lease_was_taken_away_is_not_told(
 def test_a_hard_limit_while_redis_is_away_is_told_once_the_ledger_has_answered(
     bench: Bench, over: Callable[..., Any], where: str
 ) -> None:
-    node = bench.opening(1, 2)
-    copy = node.take()
-    copy.start()
+    node, copy = started(bench, 1, 2)
     scripts = Away(bench.scripts)
     scripts.away = where
     request = over(copy, scripts)
@@ -140,9 +142,7 @@ def test_a_task_over_its_limit_that_was_given_back_meanwhile_is_not_told_as_fail
     bench: Bench, over: Callable[..., Any]
 ) -> None:
     """The slot's next process reaches the ledger before the heartbeat does."""
-    node = bench.opening(1)
-    copy = node.take()
-    copy.start()
+    node, copy = started(bench, 1)
     scripts = Away(bench.scripts)
     request = over(copy, scripts)
     bench.scripts.process_up("n", 0)
@@ -165,9 +165,7 @@ def settled_by_a_rescue(bench: Bench) -> None:
 def test_a_hard_limit_whose_answer_was_lost_is_told_all_the_same(
     bench: Bench, over: Callable[..., Any], settled: Callable[[Bench], None]
 ) -> None:
-    node = bench.opening(1)
-    copy = node.take()
-    copy.start()
+    node, copy = started(bench, 1)
     scripts = Away(bench.scripts)
     scripts.away = "answered"
     request = over(copy, scripts)
@@ -181,9 +179,7 @@ def test_a_hard_limit_whose_answer_was_lost_is_told_all_the_same(
 def test_a_worker_that_stops_asks_once_more_what_becomes_of_a_task_over_its_limit(
     bench: Bench, over: Callable[..., Any]
 ) -> None:
-    node = bench.opening(1)
-    copy = node.take()
-    copy.start()
+    _, copy = started(bench, 1)
     scripts = Away(bench.scripts)
     request = over(copy, scripts)
     scripts.away = ""
@@ -195,9 +191,7 @@ def test_a_worker_that_stops_asks_once_more_what_becomes_of_a_task_over_its_limi
 def test_a_call_of_several_tasks_over_its_limit_is_not_told(
     bench: Bench, over: Callable[..., Any]
 ) -> None:
-    node = bench.opening(1, 2)
-    copy = node.take()
-    copy.start()
+    node, copy = started(bench, 1, 2)
     fence = copy.stamp.incarnation, copy.stamp.slot, copy.stamp.entry, copy.stamp.epoch
     assert bench.scripts.take(*fence, copy.token, 0, "t", 10_000)[1]
     assert over(copy).told == []
@@ -216,9 +210,7 @@ def test_a_telling_that_fails_ends_neither_the_worker_nor_the_hold_on_its_task(
 
     for name in ("on_failure", "on_timeout"):
         monkeypatch.setattr(Stock, name, fails)
-    node = bench.opening(1)
-    copy = node.take()
-    copy.start()
+    _, copy = started(bench, 1)
     request = over(copy, in_process=in_process)
     reporter = request.affinity_ends
     assert reporter.held.names() == []

@@ -160,7 +160,7 @@ def test_what_was_yielded_before_an_error_counts() -> None:
 def test_a_soft_time_limit_that_strikes_while_a_call_is_read_buries_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     app, reads = Celery("x", set_as_current=False), []
 
-    @app.task(name="t")
+    @app.task(name="t", shared=False)
     def task() -> None:
         """Only read here."""
 
