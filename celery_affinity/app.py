@@ -13,7 +13,7 @@ from celery_affinity import internals, slot_pool
 from celery_affinity.appconf import affinity_conf
 from celery_affinity.banner import banner
 from celery_affinity.bootstep import ConsumerStep, WorkerStep
-from celery_affinity.checks import refuse_settings, warnings_of
+from celery_affinity.checks import refuse_settings, serves_none, warnings_of
 from celery_affinity.choosing import choose_delivery, ledger_url
 from celery_affinity.dead_operations import DeadLetterCalls
 from celery_affinity.delivery import Delivery
@@ -68,6 +68,7 @@ class Affinity(Looking, Operations, DeadLetterCalls):
         self._startup_error: Exception | None = None
         self._command_line: dict[str, str] = {}
         self._warnings: list[str] = []
+        self._serves_none: tuple[str, bool] | None = None
         app.celery_affinity = self  # type: ignore[attr-defined]
         note_revokes(app, self._note_revoked)
         add_role_option(app, self._take_role)
@@ -236,12 +237,7 @@ class Affinity(Looking, Operations, DeadLetterCalls):
             self.check_scheduling()
             return None
         if not serves:
-            logger.info(
-                "This worker serves no affinity queue (declared: %s; consumed: %s).",
-                ", ".join(map(repr, self.settings.queue_names)) or "none",
-                ", ".join(map(repr, known)),
-                extra={"action": "serve_none"},
-            )
+            self._serves_none = serves_none(self.settings.queue_names, known)
             return None
         refuse_settings(worker)
         self._warnings = warnings_of(worker)
@@ -280,6 +276,12 @@ class Affinity(Looking, Operations, DeadLetterCalls):
     def worker_started(self) -> None:
         """The worker's pool is up."""
         role = self.settings.role
+        if self._serves_none is not None:
+            text, is_mistyped = self._serves_none
+            if is_mistyped:
+                logger.warning(text, extra={"action": "serve_none"})
+            else:
+                logger.info(text, extra={"action": "serve_none"})
         if self.node is not None or role == "scheduler":
             logger.info("celery_affinity\n%s", self.banner(), extra={"action": "banner"})
             if role != "worker":

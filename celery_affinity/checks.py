@@ -6,14 +6,15 @@ what is worth a warning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from celery.concurrency import get_implementation
 
 from celery_affinity.exceptions import ConfigurationError
 
-__all__ = ("refuse_settings", "warnings_of")
+__all__ = ("refuse_settings", "serves_none", "warnings_of")
 
 #: Pools, by the module of their class, and the time limits that they do not keep.
 IGNORED_LIMITS = {
@@ -47,10 +48,29 @@ def refuse_settings(worker: Any) -> None:
         )
 
 
+def serves_none(declared: Sequence[str], consumed: Sequence[str]) -> tuple[str, bool]:
+    """What is said of a worker that serves no affinity queue, and whether a name was mistyped.
+
+    Otherwise such a worker is in order.
+    """
+    ours, theirs = (", ".join(map(repr, names)) or "none" for names in (declared, consumed))
+    text = f"This worker serves no affinity queue (declared: {ours}; consumed: {theirs})"
+    for name in consumed:
+        if near := get_close_matches(name, declared, n=1, cutoff=0.8):
+            return f"{text}; did you mean {near[0]!r} by {name!r}?", True
+    return f"{text}.", False
+
+
 def warnings_of(worker: Any) -> list[str]:
-    """What this worker's affinity tasks ask for and do not get, a sentence each."""
-    tasks = [task for task in worker.app.tasks.values() if hasattr(task, "affinity_tag_from")]
-    return [*_ignored_limits(worker, tasks), *_ignored_acks(tasks)]
+    """What this worker's tasks ask for and do not get in affinity queues, a sentence each."""
+    every = list(worker.app.tasks.values())
+    tasks = [task for task in every if hasattr(task, "affinity_tag_from")]
+    return [
+        *_ignored_limits(worker, tasks),
+        *_ignored_acks(tasks),
+        *_untagged(worker.app, every),
+        *_results_that_halt(worker.app),
+    ]
 
 
 def _ignored_limits(worker: Any, tasks: Iterable[Any]) -> Iterator[str]:
@@ -83,6 +103,39 @@ def _ignored_acks(tasks: Iterable[Any]) -> Iterator[str]:
                 "failed or was over its limit is done. Use autoretry_for, or raise "
                 "Reject(requeue=True)."
             )
+
+
+def _untagged(app: Any, tasks: Iterable[Any]) -> Iterator[str]:
+    refusing = {
+        name
+        for queue in app.celery_affinity.settings.queues
+        if queue.untagged == "error"
+        for name in (queue.name, queue.pending)
+    }
+    for task in tasks:
+        if hasattr(task, "affinity_tag_from"):
+            continue
+        route = app.amqp.router.lookup_route(task.name) or {}
+        queue = getattr(task, "queue", None) or route.get("queue")
+        name = getattr(queue, "name", queue)
+        if name in refusing:
+            yield (
+                f"task {task.name!r} goes to the affinity queue {name!r} and is an ordinary one: "
+                "without a tag it is buried. Declare it with @affinity_task, or send it elsewhere."
+            )
+
+
+def _results_that_halt(app: Any) -> Iterator[str]:
+    backend = str(app.conf.result_backend or "")
+    if not backend.startswith(("redis", "sentinel")) or app.conf.result_backend_always_retry:
+        return
+    names = [q.name for q in app.celery_affinity.settings.queues if q.on_failure != "skip"]
+    if names:
+        yield (
+            "a task whose result cannot be stored has failed, and so halts its tag in "
+            f"{', '.join(map(repr, names))} (on_failure): set result_backend_always_retry = True, "
+            "so that results wait for a Redis that restarts."
+        )
 
 
 def _names(tasks: Iterable[Any], wanted: Callable[[Any], object]) -> str:

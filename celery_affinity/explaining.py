@@ -207,7 +207,9 @@ class Explainer:
         if not found["workers"]:
             told.append("no worker is registered; start one")
         if found["leader"] is None:
-            told.append("nobody schedules the queue; start a beat or a worker with role both")
+            told.append(
+                "nobody schedules the queue; start `beat -S affinity` or a worker with role both"
+            )
         if len(holds) >= int(found["limit"] or conf["tag_concurrency"] or 1) and found["waiting"]:
             told.append("as many of its tasks run as may at once")
         elif found["rank"] is not None and found["workers"] and not found["free"]:

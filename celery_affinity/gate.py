@@ -252,7 +252,8 @@ class Gate:
             answer = self._starts.settled(stamp, answer, proposal, asked)
         if answer == "stale":
             logger.warning(
-                "Task %s ended after its lease on tag %r was taken away; it runs again elsewhere.",
+                "Task %s ended after its lease on tag %r was taken away: it runs again elsewhere, "
+                "unless its message is gone (the ledger was emptied).",
                 run.task_id,
                 tag,
                 extra={"action": "settle_refused", "task_id": run.task_id, "epoch": stamp.epoch},

@@ -228,5 +228,6 @@ def no_tag(message: Mapping[str, Any]) -> object:
     """The answer for an app that cannot derive tags."""
     raise MissingTagError(
         f"task {message['headers'].get('task')!r} came without the header {TAG_HEADER!r}, and no "
-        "affinity task of that name is known here to derive it"
+        "affinity task of that name is known here to derive it: declare it with @affinity_task "
+        "where the scheduler runs, or send the header"
     )

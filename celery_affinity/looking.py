@@ -137,7 +137,9 @@ def _warnings(status: QueueStatus) -> list[str]:
     if stats.paused:
         told.append(f"{name}: paused; `celery affinity resume --queue {name}` starts it again")
     if status.leader is None:
-        told.append(f"{name}: nobody schedules it; start a beat or a worker with role both")
+        told.append(
+            f"{name}: nobody schedules it; start `beat -S affinity` or a worker with role both"
+        )
     if not status.workers:
         told.append(f"{name}: no worker serves it, {waits} tasks wait; start one with -Q {name}")
     if stats.halted_tags:

@@ -137,7 +137,8 @@ class Reporter:
             back = self._scripts.leave(self._incarnation)
         except RedisError as error:
             logger.warning(
-                "Could not leave (%s): the leader rescues this worker after its heartbeat timeout.",
+                "Could not leave (%s): if it had registered, the leader rescues this worker after "
+                "its heartbeat timeout.",
                 error,
                 extra={"action": "leave_failed"},
             )

@@ -107,12 +107,16 @@ class Watchdog:
     def _look_at(self, lifeline: Lifeline, began: list[float]) -> None:
         beat, doom = lifeline.times
         silent = seconds() - max(beat, max(began) - self._lease_seconds / 2)
-        if min(began) < doom or silent > self._lease_seconds * self.SHARE:
-            logger.critical(
-                "Ending process %d: its task runs without a lease (no heartbeat for %.1f s, "
-                "on_ledger_lost is 'stop').",
-                os.getpid(),
-                silent,
-                extra={"action": "ledger_lost", "silent_seconds": silent},
-            )
-            self._end()
+        if min(began) < doom:
+            why = "the ledger does not know this worker's leases any more"
+        elif silent > self._lease_seconds * self.SHARE:
+            why = f"no heartbeat for {silent:.1f} s"
+        else:
+            return
+        logger.critical(
+            "Ending process %d: its task runs without a lease (%s, on_ledger_lost is 'stop').",
+            os.getpid(),
+            why,
+            extra={"action": "ledger_lost", "silent_seconds": silent},
+        )
+        self._end()

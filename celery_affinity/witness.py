@@ -57,7 +57,8 @@ class Witness:
             "The ledger of affinity queue %r was emptied: its Redis was flushed, or restarted "
             "without its data. %d messages had been admitted and %d tasks settled; the rest is "
             "lost, and so is what waited in the pending queue. What runs goes on, but a new task "
-            "of its tag may run beside it. Send the lost tasks again; set appendonly yes.",
+            "of its tag may run beside it; workers with on_ledger_lost='stop' end it, and nothing "
+            "runs it again. Send the lost tasks again; set appendonly yes.",
             self._name,
             self._seen["seq"],
             self._seen["settled"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
+from typing import Any
 
 import click
 
@@ -75,6 +76,7 @@ def show(context: click.Context, entry: int, queue: str | None, as_json: bool) -
         return print_json(letter)
     for label, text in (
         ("entry", str(letter.entry)), ("tag", shown(letter.tag, 600)), ("task", _task(letter)),
+        ("args", _arguments(letter)),
         ("reason", shown(letter.reason, 1000)), ("starts", str(letter.attempts)),
         ("buried", _at(letter)),
     ):  # fmt: skip
@@ -151,8 +153,21 @@ def _at(letter: DeadLetter) -> str:
 
 
 def _task(letter: DeadLetter) -> str:
+    headers = _headers(letter)
+    readable = {"task", "id"} <= headers.keys()
+    return f"{headers['task']} {headers['id']}" if readable else "unreadable"
+
+
+def _arguments(letter: DeadLetter) -> str:
+    """As the producer has described them, which it may not have."""
+    headers = _headers(letter)
+    found = [str(headers[name]) for name in ("argsrepr", "kwargsrepr") if headers.get(name)]
+    return shown(" ".join(found), 1000) or "not described by the producer"
+
+
+def _headers(letter: DeadLetter) -> dict[str, Any]:
     try:
         headers = json.loads(letter.message)["headers"]
-        return f"{headers['task']} {headers['id']}"
     except (ValueError, KeyError, TypeError):
-        return "unreadable"
+        return {}
+    return headers if isinstance(headers, dict) else {}

@@ -112,7 +112,9 @@ def leader(context: click.Context, queue: str | None, as_json: bool) -> None:
     if as_json:
         print_json(found)
     elif found is None:
-        click.echo(f"nobody schedules {name!r}; start a beat, or a worker with role both")
+        click.echo(
+            f"nobody schedules {name!r}; start `beat -S affinity` or a worker with role both"
+        )
     else:
         click.echo(f"{found.leader}, term {found.term}, {found.left_seconds:.1f} s left")
     context.exit(0 if found else 1)
@@ -139,7 +141,8 @@ def explain(
     if as_json:
         print_json(task)
     elif unknown and tag is not None:
-        click.echo(nothing_words(tag, task.reason))
+        has_dead = bool(here.dead_letters(tag.queue, 1, tag=tag.tag))
+        click.echo(nothing_words(tag, task.reason, has_dead))
     else:
         click.echo("\n".join(task_words(task)))
     context.exit(1 if unknown else 0)

@@ -31,13 +31,16 @@ def tag_words(tag: TagExplanation) -> Iterator[str]:
         yield f"why: {shown(obstacle, 200)}"
 
 
-def nothing_words(tag: TagExplanation, unseen: str = "") -> str:
+def nothing_words(tag: TagExplanation, unseen: str = "", has_dead: bool = False) -> str:
     """What is said where the ledger has neither a tag nor a task of that name.
 
     Arguments:
         unseen: Why it cannot be seen whether one waits on the broker; "" if it can.
+        has_dead: Whether dead letters of that tag are kept.
     """
     text = f"{shown(tag.tag)}: no tag and no task of that name in {tag.queue!r}"
+    if has_dead:
+        return f"{text}; but there are dead letters of that tag: see `dead list --tag`"
     if tag.pending is None:
         return f"{text}; the broker does not answer: what waits there is not known"
     if tag.pending:

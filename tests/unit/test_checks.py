@@ -9,7 +9,7 @@ import pytest
 from celery import Celery
 
 from celery_affinity import Affinity, AffinityQueue
-from celery_affinity.checks import warnings_of
+from celery_affinity.checks import serves_none, warnings_of
 
 
 def warned(pool: str = "prefork", worker: dict[str, Any] | None = None, **options: Any) -> list[str]:
@@ -45,6 +45,47 @@ def test_limits_that_a_pool_does_not_keep_are_named(pool: str, names: list[str])
 def test_gevent_keeps_the_hard_limit() -> None:
     (line,) = warned("gevent", time_limit=9, soft_time_limit=8)
     assert line.startswith("soft_time_limit of 'limited'")
+
+
+def test_a_mistyped_queue_is_named_and_a_worker_of_ordinary_queues_is_in_order() -> None:
+    text, is_mistyped = serves_none(["invoices", "mails"], ["celery", "invoice"])
+    assert is_mistyped
+    assert text.endswith("consumed: 'celery', 'invoice'); did you mean 'invoices' by 'invoice'?")
+    text, is_mistyped = serves_none(["invoices"], ["celery"])
+    assert (text[-1], is_mistyped) == (".", False)
+
+
+def of_app(queue: AffinityQueue, **conf: Any) -> list[str]:
+    """Of a worker with an ordinary task that goes to this queue, and one that does not."""
+    app = Celery("checked", broker="memory://", set_as_current=False)
+    app.conf.update(conf)
+    Affinity(app, queues=[queue])
+    app.conf.task_routes = {"routed": {"queue": queue.name}}
+    for name, options in (("plain", {"queue": queue.name}), ("routed", {}), ("elsewhere", {})):
+
+        @app.task(name=name, shared=False, **options)
+        def ordinary() -> None: ...
+
+    app.finalize()
+    worker = {"app": app, "pool_cls": "prefork", "time_limit": None, "soft_time_limit": None}
+    return warnings_of(SimpleNamespace(**worker))
+
+
+def test_an_ordinary_task_of_an_affinity_queue_is_named() -> None:
+    found = of_app(AffinityQueue("jobs"))
+    assert sorted(line.split(" goes to")[0] for line in found) == ["task 'plain'", "task 'routed'"]
+    assert of_app(AffinityQueue("jobs", untagged="spread")) == []
+
+
+def test_results_that_would_halt_a_tag_while_redis_restarts_are_named() -> None:
+    def found(on_failure: Any, **conf: Any) -> int:
+        queue = AffinityQueue("jobs", untagged="spread", on_failure=on_failure)
+        return len(of_app(queue, **{"result_backend": "redis://", **conf}))
+
+    assert found("block") == found("park") == 1
+    assert found("skip") == 0
+    assert found("block", result_backend_always_retry=True) == 0
+    assert found("block", result_backend="rpc://") == found("block", result_backend=None) == 0
 
 
 def test_acks_that_the_ledger_does_not_know_are_named() -> None:
