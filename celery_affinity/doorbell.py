@@ -7,12 +7,13 @@ element onto itself. One connection waits for each list.
 from __future__ import annotations
 
 import os
-import select
 from collections.abc import Sequence
 from typing import Any
 
 from redis import Redis
 from redis.exceptions import RedisError, ResponseError
+
+from celery_affinity.readable import wait_readable
 
 __all__ = ("Doorbell",)
 
@@ -51,12 +52,12 @@ class Doorbell:
                 if key not in self._armed:
                     self._arm(key)
             sockets = {conn._sock: key for key, conn in self._armed.items()}
-            ready, _, _ = select.select([*sockets, self._reader], [], [], max(0.0, seconds))
+            ready = wait_readable([*sockets, self._reader], seconds)
             for one in ready:
                 if one == self._reader:
                     os.read(self._reader, 4096)
                 elif not self._answer(sockets[one]):
-                    select.select([self._reader], [], [], max(0.0, min(seconds, REFUSED_SECONDS)))
+                    wait_readable([self._reader], min(seconds, REFUSED_SECONDS))
             return bool(ready)
         except Exception:
             self._hang_up()

@@ -38,7 +38,11 @@ __all__ = (
 
 
 class AffinityError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package.
+
+    Each has for `args` what it was made of, so that it comes unharmed out of a pool's process and
+    through a result backend.
+    """
 
 
 class ConfigurationError(AffinityError, ImproperlyConfigured, ClickException):
@@ -62,6 +66,7 @@ class UndeclaredQueueError(ConfigurationError):
                 f"AffinityQueue({queue!r}), ...]) or give the task one of the declared queues."
             )
         super().__init__(text)
+        self.args = (queue, declared, task)
 
 
 class AmbiguousQueueError(ConfigurationError):
@@ -70,6 +75,7 @@ class AmbiguousQueueError(ConfigurationError):
     def __init__(self, declared: list[str]) -> None:
         names = ", ".join(repr(name) for name in declared) or "none"
         super().__init__(f"which affinity queue is not said (declared: {names}): name it (--queue)")
+        self.args = (declared,)
 
 
 class OperationError(AffinityError, ClickException):
@@ -85,6 +91,7 @@ class NoSuchWorkerError(OperationError):
             f"{name!r} names no single worker (candidates: {known}): give a node's whole name, or "
             "the id in brackets"
         )
+        self.args = (name, workers)
 
 
 class SchemaVersionError(ConfigurationError):
@@ -96,6 +103,7 @@ class SchemaVersionError(ConfigurationError):
             f"{expected} and must not touch it. Run the version that wrote it until the queue is "
             f"empty, then upgrade all nodes, or give this app a `namespace` of its own."
         )
+        self.args = (found, expected)
 
 
 class ShardsError(ConfigurationError):
@@ -108,6 +116,7 @@ class ShardsError(ConfigurationError):
             f"requeue or purge its dead letters, `celery affinity evacuate {queue}`, then change "
             "it and `resume`"
         )
+        self.args = (queue, found, expected)
 
 
 class TagError(AffinityError, ValueError):
@@ -126,7 +135,6 @@ class BatchResultError(AffinityError, TypeError):
     """A batch task's function returned something else than a result for each of its requests."""
 
     def __init__(self, task: str, found: str, expected: int) -> None:
-        # What it was made of, so that it comes unharmed through a result backend.
         super().__init__(task, found, expected)
 
     def __str__(self) -> str:
@@ -146,7 +154,6 @@ class OwnTagWaitError(AffinityError, RuntimeError):
     """
 
     def __init__(self, task_id: str, tag: str, queue: str) -> None:
-        # What it was made of, so that it comes unharmed through a result backend.
         super().__init__(task_id, tag, queue)
 
     def __str__(self) -> str:

@@ -18,6 +18,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
+from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.compression import compress, decompress
 from kombu.serialization import dumps, loads, prepare_accept_content
 
@@ -79,7 +80,7 @@ def tag_text(value: object) -> str:
             f"identify_tag must be a str, an int or a UUID, found {type(value).__name__} "
             f"{value!r:.80}: pass the tenant's id itself"
         )
-    text = str(value)
+    text = _plain(value)
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
@@ -95,6 +96,13 @@ def tag_text(value: object) -> str:
             "use an id or a hash of it"
         )
     return text
+
+
+def _plain(value: str | int | UUID) -> str:
+    """What a serializer makes of it: an enum's member that is a str or int is its value."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    return int.__repr__(value) if isinstance(value, int) else str(value)
 
 
 def spread_tag(task_id: str) -> str:
@@ -205,14 +213,17 @@ def normalised(message: Mapping[str, Any], tag: str) -> str:
 def due_ms(eta: object) -> int | None:
     """Milliseconds since the epoch of an ISO 8601 text; None without one.
 
+    Read as a worker of Celery reads it: without an offset it is UTC, whatever the machine's zone
+    or the app's is (celery.worker.request.Request, Celery 5.4 to 5.7).
+
     Raises:
         ValueError: If the text is not a time.
     """
     if eta is None:
         return None
-    if not isinstance(eta, str):
+    if not isinstance(eta, str) or not eta:
         raise ValueError(f"eta is {eta!r:.80}, expected ISO 8601 text")
-    moment = datetime.fromisoformat(eta.replace("Z", "+00:00"))
+    moment: datetime = maybe_make_aware(maybe_iso8601(eta))
     return int(moment.timestamp() * 1000)
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from redis.exceptions import RedisError
 from celery_affinity.connection import Reachability
 from celery_affinity.held import Held
 from celery_affinity.message import Stamp
+from celery_affinity.readable import wait_readable
 from celery_affinity.scripts import Scripts
 from celery_affinity.unanswered import Unanswered
 from celery_affinity.watchdog import Lifeline, seconds
@@ -218,12 +218,12 @@ class Reporter:
         """Beat until `leave`."""
         scripts = self._connect()
         while not self._stopping:
-            select.select([self._reader], [], [], self._interval)
-            self._clear_wake()
-            if self._stopping:
-                return
-            self._pulse()
             try:
+                wait_readable([self._reader], self._interval)
+                self._clear_wake()
+                if self._stopping:
+                    return
+                self._pulse()
                 if self._draining and not self._drained:
                     self.drain(scripts)
                 # Before the beat: it would give back what was over its limit.
@@ -321,7 +321,7 @@ class Reporter:
             pass
 
     def _clear_wake(self) -> None:
-        if select.select([self._reader], [], [], 0)[0]:
+        if wait_readable([self._reader], 0):
             os.read(self._reader, 4096)
 
 

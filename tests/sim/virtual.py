@@ -48,7 +48,7 @@ class Time:
 
 
 class Pipes:
-    """`os` and `select` of a module, as far as a self-pipe needs them."""
+    """`os` and `wait_readable` of a module, as far as a self-pipe needs them."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -72,11 +72,11 @@ class Pipes:
         self._rung.discard(fd)
         return b"!"
 
-    def select(self, readers: Sequence[int], _: Any, __: Any, seconds: float) -> Any:
-        (fd,) = readers
+    def wait_readable(self, files: Sequence[int], seconds: float) -> list[int]:
+        (fd,) = files
         if seconds > 0:
             self._world.wait_until(lambda: fd in self._rung, seconds)
-        return ([fd] if fd in self._rung else []), [], []
+        return [fd] if fd in self._rung else []
 
 
 class Event:
@@ -197,7 +197,7 @@ def installed(world: World) -> Iterator[None]:
         for module in (burials, evacuation, leadership, patience, reporter, rescuer, scheduler, starts, watchdog)
     ]
     patches += [(rescuer, "server_clock", lambda client, key: client.clock())]
-    patches += [(reporter, "os", pipes), (reporter, "select", pipes)]
+    patches += [(reporter, "os", pipes), (reporter, "wait_readable", pipes.wait_readable)]
     threads = SimpleNamespace(
         Event=lambda: Event(world),
         Thread=lambda target, name, args=(), daemon=True: Thread(world, target, args, name),
