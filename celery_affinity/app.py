@@ -24,17 +24,18 @@ from celery_affinity.failing import fail_buried
 from celery_affinity.foreign import ForeignConsumers, consumed_queues
 from celery_affinity.intake import no_tag
 from celery_affinity.looking import Looking
-from celery_affinity.message import decoded_body
+from celery_affinity.message import decoded_body, spread_tag
 from celery_affinity.node import Node
 from celery_affinity.operations import Operations
 from celery_affinity.options import add_role_option
 from celery_affinity.remote_control import refuse_in_replies, steer
 from celery_affinity.resolving import resolve
 from celery_affinity.revoking import note_revokes
+from celery_affinity.routing import usual_pending_queue, usual_queue
 from celery_affinity.service import SchedulerService
 from celery_affinity.settings import AffinityQueue, AffinitySettings
-from celery_affinity.tagging import derive_tag
-from celery_affinity.task import TagFrom, declare, pending_queue
+from celery_affinity.tagging import derive_tag, is_celerys_own
+from celery_affinity.task import TagFrom, declare
 
 __all__ = ("Affinity",)
 
@@ -192,7 +193,10 @@ class Affinity(Looking, Operations, DeadLetterCalls):
             self._service = None
 
     def _tag_of_message(self, message: Mapping[str, Any]) -> object:
-        task = self.app.tasks.get(message["headers"]["task"])
+        name = message["headers"]["task"]
+        if is_celerys_own(name):
+            return spread_tag(message["headers"]["id"])
+        task = self.app.tasks.get(name)
         if task is None or getattr(task, "affinity_tag_from", None) is None:
             return no_tag(message)
         args, kwargs, _ = decoded_body(message, self.app.conf.accept_content)
@@ -261,8 +265,7 @@ class Affinity(Looking, Operations, DeadLetterCalls):
         for task in self.app.tasks.values():
             if not hasattr(task, "affinity_tag_from"):
                 continue
-            route = self.app.amqp.router.lookup_route(task.name) or {}
-            queue = getattr(task, "affinity_queue", None) or route.get("queue")
+            queue = getattr(task, "affinity_queue", None) or usual_queue(task)
             name = getattr(queue, "name", queue)
             declared = {n for q in self.settings.queues for n in (q.name, q.pending)}
             if not declared or (name is not None and name not in declared):
@@ -297,9 +300,8 @@ class Affinity(Looking, Operations, DeadLetterCalls):
         for name, task in self.app.tasks.items():
             if not hasattr(task, "affinity_tag_from"):
                 continue
-            try:
-                pending = pending_queue(task, self.settings, (), {}, None)
-            except UndeclaredQueueError:
+            pending = usual_pending_queue(task, self.settings)
+            if pending is None:
                 continue  # no queue of its own, and several to choose from: it runs where it came
             consumer.strategies[name] = to_pending_queue(
                 self.app, name, pending, consumer.strategies[name], consumer.connection_errors

@@ -13,6 +13,7 @@ from typing import Any
 from celery.concurrency import get_implementation
 
 from celery_affinity.exceptions import ConfigurationError
+from celery_affinity.routing import usual_queue
 
 __all__ = ("refuse_settings", "serves_none", "warnings_of")
 
@@ -115,8 +116,7 @@ def _untagged(app: Any, tasks: Iterable[Any]) -> Iterator[str]:
     for task in tasks:
         if hasattr(task, "affinity_tag_from"):
             continue
-        route = app.amqp.router.lookup_route(task.name) or {}
-        queue = getattr(task, "queue", None) or route.get("queue")
+        queue = getattr(task, "queue", None) or usual_queue(task)
         name = getattr(queue, "name", queue)
         if name in refusing:
             yield (

@@ -12,6 +12,7 @@ from celery import bootsteps, signals
 
 from celery_affinity import internals
 from celery_affinity.exceptions import ConfigurationError
+from celery_affinity.routing import usual_queue
 
 __all__ = ("refuse_workers_without_affinity",)
 
@@ -36,8 +37,7 @@ def _affinity_tasks_on(app: Any) -> tuple[str, str] | None:
     for task in app.tasks.values():
         if not hasattr(task, "affinity_tag_from"):
             continue
-        route = app.amqp.router.lookup_route(task.name) or {}
-        queue = task.affinity_queue or route.get("queue") or app.conf.task_default_queue
+        queue = task.affinity_queue or usual_queue(task) or app.conf.task_default_queue
         name = str(getattr(queue, "name", queue))
         if name in consumed:
             return str(task.name), name

@@ -14,7 +14,6 @@ import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -223,7 +222,7 @@ def due_ms(eta: object) -> int | None:
         return None
     if not isinstance(eta, str) or not eta:
         raise ValueError(f"eta is {eta!r:.80}, expected ISO 8601 text")
-    moment: datetime = maybe_make_aware(maybe_iso8601(eta))
+    moment: Any = maybe_make_aware(maybe_iso8601(eta))  # type: ignore[arg-type]
     return int(moment.timestamp() * 1000)
 
 

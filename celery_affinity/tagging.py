@@ -9,7 +9,19 @@ from typing import Any
 from celery_affinity.exceptions import MissingTagError, TagError
 from celery_affinity.message import tag_text
 
-__all__ = ("derive_tag",)
+__all__ = ("derive_tag", "is_celerys_own")
+
+#: Celery's own tasks that call another one inside of themselves.
+INLINE = ("celery.chunks", "celery.map", "celery.starmap")
+
+
+def is_celerys_own(name: str) -> bool:
+    """Whether a task is one of Celery's that runs beside any other, such as ``chord_unlock``.
+
+    Such a one goes where a chord's body or a route sends it, and has no tag.
+    """
+    return name.startswith("celery.") and name not in INLINE
+
 
 
 def _argument(task: Any, path: str, args: Any, kwargs: Any) -> object:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def worker(shared_server: Server, environment: Path) -> Iterator[Node]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(BROKER_VARIABLE, shared_server.url())
         nodes = Cluster(shared_server.url(), environment.parent, environment)
-        environ = {**QUICK, "AFFINITY_TEST_QUEUE": f'{{"max_deliveries": {MAX_DELIVERIES}}}'}
+        # In no zone that Celery would take a time for by itself.
+        environ = {**QUICK, "TZ": "Asia/Tokyo", "AFFINITY_TEST_QUEUE": f'{{"max_deliveries": {MAX_DELIVERIES}}}'}
         node = nodes.worker(APP, queues="jobs,ordinary", concurrency=2, environ=environ, extra=LEAN)
         try:
             yield node.wait_ready()
@@ -152,6 +154,15 @@ def test_every_way_to_call_gives_the_callers_id_and_the_result(twins: Twins) -> 
         assert (again.state, again.result, again.children) == (states.SUCCESS, 3, [])
     if twins.kind == "tagged":
         assert one_after_another(twins.runs(tag))
+
+
+def test_a_due_time_without_an_offset_is_utc(twins: Twins) -> None:
+    tag = twins.tag()
+    due, begin = datetime.now(timezone.utc) + timedelta(seconds=1.5), time.monotonic()
+    for eta in (due.replace(tzinfo=None), due):
+        assert twins.add.apply_async((1, 2), {"tag": tag}, eta=eta).get(timeout=20) == 3
+    starts = [run.start / 1e9 - begin for run in twins.runs(tag)]
+    assert all(1.4 < after < 10 for after in starts), starts
 
 
 def test_an_eager_call_has_its_id_and_result_and_no_lease(twins: Twins) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from uuid import UUID
 
 import pytest
 from celery import Celery, Task
+from celery.exceptions import CDeprecationWarning
 
 from celery_affinity import (
     Affinity,
@@ -20,6 +22,7 @@ from celery_affinity import (
     current,
 )
 from celery_affinity.message import tag_text
+from celery_affinity.routing import usual_queue
 
 _numbers = count()
 
@@ -175,6 +178,80 @@ def test_the_users_base_stays_the_base_and_is_called(app, sent) -> None:
 
     declare(app, base=Base).delay("a")
     assert sent[0]["headers"] == {"identify_tag": "a", "base": "seen"}
+
+
+def test_an_affinity_task_may_be_the_base_of_others(app, sent) -> None:
+    work = declare(app)
+
+    class Sub(work.__class__):  # type: ignore[misc, name-defined]
+        name = "unit.sub"
+        affinity_tag_from = "tag"
+
+        def apply_async(self, *args: Any, **options: Any) -> Any:
+            return super().apply_async(*args, countdown=5, **options)
+
+        def run(self, tag: Any) -> Any:
+            return tag
+
+    sub = app.register_task(Sub())
+    other = declare(app, base=Sub)
+    for task in (sub, other):
+        task.delay("a")
+        assert task.apply(("a",)).successful()
+        assert task.queue == "invoices"
+    assert [call["countdown"] for call in sent] == [5, 5], "what stands between is called"
+    assert [call["headers"]["identify_tag"] for call in sent] == ["a", "a"]
+
+
+@pytest.mark.parametrize("how", ["map", "starmap", "chunks"])
+def test_what_would_call_a_task_inside_of_another_is_refused(app, how) -> None:
+    with pytest.raises(TypeError, match="group"):
+        getattr(declare(app), how)([("a",)], *([1] if how == "chunks" else []))
+
+
+def test_the_queue_of_a_task_is_seen_by_celery_which_does_not_warn_of_it(app) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CDeprecationWarning)
+        task = declare(app)
+        assert task.queue == "invoices"
+    assert declare(app, queue=None).queue is None, "one of two"
+    app.conf.task_routes = {"unit.*": {"queue": "mails"}}
+    app.amqp.flush_routes()
+    app.amqp.router = app.amqp.Router()
+    assert declare(app, queue=None).queue == "mails"
+
+
+def route_by_all(name: str, args: Any, kwargs: Any, options: Any, task: Any = None, **_: Any) -> Any:
+    """A router as Celery's documentation has it, which looks at all that it is given."""
+    urgent = kwargs.get("other") or options.get("priority") or (args and args[0] == "urgent")
+    if task.name.startswith("unit."):
+        return "mails" if urgent else {"queue": "invoices"}
+    return None
+
+
+def route_by_argument(name: str, args: Any, kwargs: Any, options: Any, **_: Any) -> Any:
+    """One that cannot do without a call."""
+    return {"queue": kwargs["other"]}
+
+
+def test_a_router_function_is_asked_as_celery_asks_it(app, sent) -> None:
+    app.conf.task_routes = (route_by_all,)
+    task = declare(app, queue=None)
+    task.delay("a")
+    task.delay("urgent")
+    task.delay("a", other=1)
+    task.apply_async(("a",), priority=3)
+    assert [call["queue"] for call in sent] == ["invoices", "mails", "mails", "mails"]
+    assert usual_queue(task) == "invoices"
+
+
+def test_a_router_that_needs_a_call_is_asked_for_each_and_stops_no_start(app, sent) -> None:
+    app.conf.task_routes = (route_by_argument,)
+    task = declare(app, queue=None)
+    assert usual_queue(task) is None
+    assert task.queue is None
+    task.apply_async(kwargs={"tag": "a", "other": "mails"})
+    assert sent[0]["queue"] == "mails"
 
 
 def test_affinity_does_no_io_and_reads_no_setting_when_it_is_made() -> None:

@@ -21,6 +21,13 @@ def plain_retry(self: Task, tag: str, seq: int) -> int:
     return seq
 
 
+@affinity_task(queue="jobs", tag_from="tag", bind=True, name="jobs.astray")
+def astray(self: Task, tag: str, seq: int) -> int:
+    """Retry in a queue that is none of the affinity queues."""
+    with recorded(self, tag, seq):
+        raise self.retry(queue="nowhere", countdown=0)
+
+
 @affinity_task(queue="jobs", tag_from="tag", bind=True, name="jobs.hop")
 def hop(self: Task, tag: str, seq: int, to: str) -> int:
     """Become a task of another tag."""
