@@ -34,7 +34,7 @@ from celery_affinity.revoking import note_revokes
 from celery_affinity.routing import usual_pending_queue, usual_queue
 from celery_affinity.service import SchedulerService
 from celery_affinity.settings import AffinityQueue, AffinitySettings
-from celery_affinity.tagging import derive_tag, is_celerys_own
+from celery_affinity.tagging import UNTAGGED, derive_tag
 from celery_affinity.task import TagFrom, declare
 
 __all__ = ("Affinity",)
@@ -193,12 +193,10 @@ class Affinity(Looking, Operations, DeadLetterCalls):
             self._service = None
 
     def _tag_of_message(self, message: Mapping[str, Any]) -> object:
-        name = message["headers"]["task"]
-        if is_celerys_own(name):
-            return spread_tag(message["headers"]["id"])
-        task = self.app.tasks.get(name)
+        headers = message["headers"]
+        task = self.app.tasks.get(headers["task"])
         if task is None or getattr(task, "affinity_tag_from", None) is None:
-            return no_tag(message)
+            return spread_tag(headers["id"]) if headers["task"] in UNTAGGED else no_tag(message)
         args, kwargs, _ = decoded_body(message, self.app.conf.accept_content)
         return derive_tag(task, args, kwargs)
 
@@ -241,7 +239,7 @@ class Affinity(Looking, Operations, DeadLetterCalls):
             self.check_scheduling()
             return None
         if not serves:
-            self._serves_none = serves_none(self.settings.queue_names, known)
+            self._serves_none = serves_none(self.app, self.settings.queue_names, known)
             return None
         refuse_settings(worker)
         self._warnings = warnings_of(worker)

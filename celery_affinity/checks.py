@@ -49,7 +49,9 @@ def refuse_settings(worker: Any) -> None:
         )
 
 
-def serves_none(declared: Sequence[str], consumed: Sequence[str]) -> tuple[str, bool]:
+def serves_none(
+    app: Any, declared: Sequence[str], consumed: Sequence[str]
+) -> tuple[str, bool]:
     """What is said of a worker that serves no affinity queue, and whether a name was mistyped.
 
     Otherwise such a worker is in order.
@@ -57,9 +59,22 @@ def serves_none(declared: Sequence[str], consumed: Sequence[str]) -> tuple[str, 
     ours, theirs = (", ".join(map(repr, names)) or "none" for names in (declared, consumed))
     text = f"This worker serves no affinity queue (declared: {ours}; consumed: {theirs})"
     for name in consumed:
-        if near := get_close_matches(name, declared, n=1, cutoff=0.8):
+        near = get_close_matches(name, declared, n=1, cutoff=0.8)
+        if near and not _is_used(app, name):
             return f"{text}; did you mean {near[0]!r} by {name!r}?", True
     return f"{text}.", False
+
+
+def _is_used(app: Any, name: str) -> bool:
+    """Whether the app declares a queue of that name, or has a task that goes there."""
+    own = {queue.name for queue in app.conf.task_queues or ()}
+    return name in own or any(_queue_of(task) == name for task in app.tasks.values())
+
+
+def _queue_of(task: Any) -> str:
+    """Where calls of an ordinary task go that do not say where."""
+    queue = getattr(task, "queue", None) or usual_queue(task)
+    return str(getattr(queue, "name", queue) or task._get_app().conf.task_default_queue)
 
 
 def warnings_of(worker: Any) -> list[str]:
@@ -113,21 +128,26 @@ def _untagged(app: Any, tasks: Iterable[Any]) -> Iterator[str]:
         if queue.untagged == "error"
         for name in (queue.name, queue.pending)
     }
-    for task in tasks:
-        if hasattr(task, "affinity_tag_from"):
-            continue
-        queue = getattr(task, "queue", None) or usual_queue(task)
-        name = getattr(queue, "name", queue)
-        if name in refusing:
-            yield (
-                f"task {task.name!r} goes to the affinity queue {name!r} and is an ordinary one: "
-                "without a tag it is buried. Declare it with @affinity_task, or send it elsewhere."
-            )
+    ordinary = [
+        task
+        for task in tasks
+        if not (hasattr(task, "affinity_tag_from") or task.name.startswith("celery."))
+        and _queue_of(task) in refusing
+    ]
+    if ordinary:
+        names = _names(ordinary, lambda task: True)
+        yield (
+            f"ordinary tasks go to an affinity queue: {names}. Without a tag each is buried: "
+            "declare it with @affinity_task, or send it elsewhere."
+        )
 
 
 def _results_that_halt(app: Any) -> Iterator[str]:
-    backend = str(app.conf.result_backend or "")
-    if not backend.startswith(("redis", "sentinel")) or app.conf.result_backend_always_retry:
+    conf = app.conf
+    backend = str(conf.result_backend or "")
+    if not backend.startswith(("redis", "sentinel")) or conf.task_ignore_result:
+        return
+    if conf.result_backend_always_retry:
         return
     names = [q.name for q in app.celery_affinity.settings.queues if q.on_failure != "skip"]
     if names:

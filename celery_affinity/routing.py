@@ -19,7 +19,7 @@ def queue_of_route(task: Any, args: Any, kwargs: Any, options: Any) -> str | Non
     router = task._get_app().amqp.router
     route = router.lookup_route(task.name, args or (), kwargs or {}, options or {}, task)
     queue = route.get("queue") if isinstance(route, Mapping) else route
-    return None if queue is None else str(getattr(queue, "name", queue))
+    return str(getattr(queue, "name", queue)) if queue else None
 
 
 def usual_queue(task: Any) -> str | None:

@@ -9,18 +9,14 @@ from typing import Any
 from celery_affinity.exceptions import MissingTagError, TagError
 from celery_affinity.message import tag_text
 
-__all__ = ("derive_tag", "is_celerys_own")
+__all__ = ("UNTAGGED", "derive_tag")
 
-#: Celery's own tasks that call another one inside of themselves.
-INLINE = ("celery.chunks", "celery.map", "celery.starmap")
-
-
-def is_celerys_own(name: str) -> bool:
-    """Whether a task is one of Celery's that runs beside any other, such as ``chord_unlock``.
-
-    Such a one goes where a chord's body or a route sends it, and has no tag.
-    """
-    return name.startswith("celery.") and name not in INLINE
+#: Celery's own tasks that go where a chord's body or a route sends them, and have no tag: each is
+#: one of its own. Not map, starmap and chunks: they would call what they are given past the ledger.
+UNTAGGED = (
+    "celery.accumulate", "celery.backend_cleanup", "celery.chain", "celery.chord",
+    "celery.chord_unlock", "celery.group",
+)  # fmt: skip
 
 
 

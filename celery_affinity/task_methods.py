@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, Protocol
 
@@ -71,13 +72,14 @@ def task_methods() -> dict[str, Any]:
             context.leave(here)
 
     def retry(self: Any, *args: Any, **options: Any) -> Any:
+        handled = sys.exc_info()[1]
         try:
             return above(self).retry(*args, **options)
         except Reject as error:
             # So Celery says that it could not send it. The task would neither run again nor fail.
             cause = getattr(error, "reason", None)
-            if isinstance(cause, Exception):
-                raise cause from None
+            if isinstance(cause, Exception) and not error.requeue:  # type: ignore[attr-defined]
+                raise cause from handled
             raise
 
     def on_bound(kind: Any, app: Any) -> None:
@@ -148,7 +150,7 @@ def _tagged(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """The options of a call with its tag and the queue to publish to. Repeats change nothing."""
-    options = {**options, "queue": queue}
+    options = {**options, "queue": queue, "headers": dict(headers or {})}
     tag = _tag_of_call(self, args, kwargs, identify_tag, headers, options)
     options["headers"] = {**sending_headers(headers), TAG_HEADER: tag}
     bound = _affinity_of(self)
@@ -158,8 +160,9 @@ def _tagged(
             queue = pending_queue(self, bound.settings, args, kwargs, queue, options)
         elif queue is None:
             queue = self.affinity_queue
-    # None too: it stands before the task's own `queue`.
     options["queue"] = queue
+    if queue is None and bound is None and not addressed:
+        del options["queue"]  # a base of the user's, or an annotation, may have one
     return options
 
 

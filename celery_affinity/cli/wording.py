@@ -40,7 +40,7 @@ def nothing_words(tag: TagExplanation, unseen: str = "", has_dead: bool = False)
     """
     text = f"{shown(tag.tag)}: no tag and no task of that name in {tag.queue!r}"
     if has_dead:
-        return f"{text}; but there are dead letters of that tag: see `dead list --tag`"
+        text += ", but dead letters of that tag (see `dead list --tag`)"
     if tag.pending is None:
         return f"{text}; the broker does not answer: what waits there is not known"
     if tag.pending:

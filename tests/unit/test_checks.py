@@ -48,11 +48,18 @@ def test_gevent_keeps_the_hard_limit() -> None:
 
 
 def test_a_mistyped_queue_is_named_and_a_worker_of_ordinary_queues_is_in_order() -> None:
-    text, is_mistyped = serves_none(["invoices", "mails"], ["celery", "invoice"])
+    app = Celery("checked", set_as_current=False)
+    app.task(name="slow", shared=False, queue="invoices-low")(ordinary)
+    app.finalize()
+    text, is_mistyped = serves_none(app, ["invoices", "mails"], ["celery", "invoice"])
     assert is_mistyped
     assert text.endswith("consumed: 'celery', 'invoice'); did you mean 'invoices' by 'invoice'?")
-    text, is_mistyped = serves_none(["invoices"], ["celery"])
-    assert (text[-1], is_mistyped) == (".", False)
+    for used in ("celery", "invoices-low"):
+        text, is_mistyped = serves_none(app, ["invoices"], [used])
+        assert (text[-1], is_mistyped) == (".", False)
+
+
+def ordinary() -> None: ...
 
 
 def of_app(queue: AffinityQueue, **conf: Any) -> list[str]:
@@ -60,12 +67,9 @@ def of_app(queue: AffinityQueue, **conf: Any) -> list[str]:
     app = Celery("checked", broker="memory://", set_as_current=False)
     app.conf.update(conf)
     Affinity(app, queues=[queue])
-    app.conf.task_routes = {"routed": {"queue": queue.name}}
+    app.conf.task_routes = {"routed": {"queue": queue.name}, "celery.*": {"queue": queue.name}}
     for name, options in (("plain", {"queue": queue.name}), ("routed", {}), ("elsewhere", {})):
-
-        @app.task(name=name, shared=False, **options)
-        def ordinary() -> None: ...
-
+        app.task(name=name, shared=False, **options)(ordinary)
     app.finalize()
     worker = {"app": app, "pool_cls": "prefork", "time_limit": None, "soft_time_limit": None}
     return warnings_of(SimpleNamespace(**worker))
@@ -73,7 +77,11 @@ def of_app(queue: AffinityQueue, **conf: Any) -> list[str]:
 
 def test_an_ordinary_task_of_an_affinity_queue_is_named() -> None:
     found = of_app(AffinityQueue("jobs"))
-    assert sorted(line.split(" goes to")[0] for line in found) == ["task 'plain'", "task 'routed'"]
+    assert [line.split(". ")[0] for line in found] == [
+        "ordinary tasks go to an affinity queue: 'plain', 'routed'"
+    ]
+    (line,) = of_app(AffinityQueue("jobs"), task_default_queue="jobs")
+    assert {"'elsewhere'", "'plain'", "'routed'"} <= set(line.partition(": ")[2].replace(".", ",").split(", "))
     assert of_app(AffinityQueue("jobs", untagged="spread")) == []
 
 
@@ -85,6 +93,7 @@ def test_results_that_would_halt_a_tag_while_redis_restarts_are_named() -> None:
     assert found("block") == found("park") == 1
     assert found("skip") == 0
     assert found("block", result_backend_always_retry=True) == 0
+    assert found("block", task_ignore_result=True) == 0
     assert found("block", result_backend="rpc://") == found("block", result_backend=None) == 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import warnings
 from itertools import count
 from types import SimpleNamespace
@@ -10,12 +12,13 @@ from uuid import UUID
 
 import pytest
 from celery import Celery, Task
-from celery.exceptions import CDeprecationWarning
+from celery.exceptions import CDeprecationWarning, Reject
 
 from celery_affinity import (
     Affinity,
     AffinityQueue,
     ConfigurationError,
+    MissingTagError,
     TagError,
     UndeclaredQueueError,
     affinity_task,
@@ -243,6 +246,76 @@ def test_a_router_function_is_asked_as_celery_asks_it(app, sent) -> None:
     task.apply_async(("a",), priority=3)
     assert [call["queue"] for call in sent] == ["invoices", "mails", "mails", "mails"]
     assert usual_queue(task) == "invoices"
+
+
+@pytest.mark.parametrize("nothing", [False, "", {}, {"queue": None}])
+def test_a_route_that_says_nothing_is_none(app, sent, nothing) -> None:
+    """As for Celery: `name.startswith(...) and {...}` is a router."""
+    affinity_queue = AffinityQueue("only")
+    Affinity(app, queues=[affinity_queue])
+    app.conf.task_routes = (lambda *_, **__: nothing,)
+    task = declare(app, queue=None)
+    assert usual_queue(task) is None
+    task.delay("a")
+    assert sent[0]["queue"] == "only"
+
+
+def test_without_affinity_a_base_may_name_the_queue(app, sent) -> None:
+    class Base(Task):
+        queue = "of the base"
+
+    task = affinity_task(tag_from="tag", base=Base, name=f"unit.{next(_numbers)}")(lambda_tag)
+    task.delay("a")
+    assert sent[0]["queue"] == "of the base"
+
+
+def lambda_tag(tag: Any) -> Any:
+    return tag
+
+
+def test_a_router_is_given_the_headers_of_a_call_that_may_have_no_tag(app, sent) -> None:
+    Affinity(app, queues=[AffinityQueue("only", untagged="spread")])
+    app.conf.task_routes = (lambda n, a, k, options, **_: {"queue": options["headers"]["where"]},)
+    task = declare(app, tag_from=None, queue=None)
+    task.apply_async((), headers={"where": "only"})
+    assert sent[0]["headers"]["identify_tag"].startswith("untagged:")
+
+
+def test_only_a_retry_that_could_not_be_sent_is_a_failure(app, monkeypatch) -> None:
+    """A base may reject in its own `retry`, as Celery's does where it cannot send."""
+
+    class Base(Task):
+        def retry(self, *args: Any, **options: Any) -> Any:
+            raise Reject(OSError("no broker"), requeue=options["requeue"])
+
+    task = declare(app, base=Base)
+    with pytest.raises(Reject):
+        task.retry(requeue=True)
+    with pytest.raises(OSError, match="no broker") as told:
+        try:
+            _ = 1 / 0
+        except ZeroDivisionError:
+            task.retry(requeue=False)
+    assert isinstance(told.value.__cause__, ZeroDivisionError), "why it retried is not forgotten"
+
+
+def test_celerys_own_tasks_are_tags_of_their_own_and_no_others(app) -> None:
+    affinity = Affinity(app, queues=[AffinityQueue("only")])
+    task = affinity.task(tag_from="tag", name="celery.reports")(lambda_tag)
+    app.finalize()
+    body = base64.b64encode(json.dumps([["a"], {}, {}]).encode()).decode()
+
+    def tag_of(name: str) -> object:
+        return affinity._tag_of_message({
+            "headers": {"task": name, "id": "1"}, "body": body, "content-type": "application/json",
+            "content-encoding": "utf-8", "properties": {"body_encoding": "base64"},
+        })  # fmt: skip
+
+    assert tag_of("celery.chord_unlock") == "untagged:1"
+    assert tag_of(task.name) == "a"
+    for name in ("celery.map", "celery.starmap", "celery.chunks", "celery.other"):
+        with pytest.raises(MissingTagError):
+            tag_of(name)
 
 
 def test_a_router_that_needs_a_call_is_asked_for_each_and_stops_no_start(app, sent) -> None:
