@@ -71,6 +71,8 @@ def of_app(queue: AffinityQueue, **conf: Any) -> list[str]:
     for name, options in (("plain", {"queue": queue.name}), ("routed", {}), ("elsewhere", {})):
         app.task(name=name, shared=False, **options)(ordinary)
     app.finalize()
+    for name in set(app.tasks) - {"plain", "routed", "elsewhere", "celery.chord_unlock"}:
+        app.tasks.unregister(name)  # shared tasks of other tests' modules
     worker = {"app": app, "pool_cls": "prefork", "time_limit": None, "soft_time_limit": None}
     return warnings_of(SimpleNamespace(**worker))
 
@@ -81,7 +83,7 @@ def test_an_ordinary_task_of_an_affinity_queue_is_named() -> None:
         "ordinary tasks go to an affinity queue: 'plain', 'routed'"
     ]
     (line,) = of_app(AffinityQueue("jobs"), task_default_queue="jobs")
-    assert {"'elsewhere'", "'plain'", "'routed'"} <= set(line.partition(": ")[2].replace(".", ",").split(", "))
+    assert "'elsewhere', 'plain', 'routed'" in line
     assert of_app(AffinityQueue("jobs", untagged="spread")) == []
 
 
