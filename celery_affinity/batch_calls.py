@@ -19,7 +19,6 @@ Crash windows:
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from celery import states
 from celery.app.task import Context
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.utils.saferepr import saferepr
+from kombu.utils import json as kombu_json
 
 from celery_affinity import context
 from celery_affinity.batches import Asked, BatchFunction, BatchRequest, asked, results_of
@@ -237,7 +237,7 @@ class BatchTask:
     def _read(self, run: Run, place: int, entry: str, raw: bytes, hostname: Any) -> _Mate:
         stamp = replace(run.stamp, entry=entry, place=place)
         try:
-            request = self._request(json.loads(raw), hostname)
+            request = self._request(kombu_json.loads(raw), hostname)
             own = Run(stamp, request["id"], request.get("retries") or 0, run.token)
         except SoftTimeLimitExceeded:  # meant for the call, which has not begun
             return self._read(run, place, entry, raw, hostname)

@@ -34,6 +34,7 @@ from celery_affinity.message import (
     STAMP_HEADER,
     TAG_HEADER,
     Stamp,
+    check_readable,
     due_ms,
     normalised,
     raw_body,
@@ -153,6 +154,7 @@ class Intake:
                 )
             message = json.loads(raw)
             _check_usable(message)
+            check_readable(raw)
             if self._is_stray(Stamp.parse(message["headers"].get(STAMP_HEADER))):
                 return ("drop",)
             tag = tag_in(message, self._tag_of, self._spread)

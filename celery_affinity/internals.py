@@ -147,7 +147,10 @@ class _RetryCatcher:
             name: value
             for name, value in options.items()
             if name in ("correlation_id", "reply_to", "priority", "delivery_mode", "expiration")
+            and value is not None
         }
+        if "expiration" in properties:  # as kombu's producer would have it
+            properties["expiration"] = str(int(properties["expiration"] * 1000))
         message = envelope(
             body,
             headers,

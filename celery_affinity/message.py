@@ -20,6 +20,7 @@ from uuid import UUID, uuid4
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.compression import compress, decompress
 from kombu.serialization import dumps, loads, prepare_accept_content
+from kombu.utils import json as kombu_json
 
 from celery_affinity.exceptions import TagError
 
@@ -34,6 +35,7 @@ __all__ = (
     "STAMP_HEADER",
     "TAG_HEADER",
     "Stamp",
+    "check_readable",
     "decoded_body",
     "due_ms",
     "envelope",
@@ -170,14 +172,19 @@ def envelope(
     compression: str | None,
     routing_key: str,
 ) -> str:
-    """A task message as kombu's Redis transport would have stored it in a queue."""
+    """A task message as kombu's Redis transport would have stored it in a queue.
+
+    Raises:
+        ValueError: If it would be one that kombu cannot read.
+        TypeError: If a header is of a type that JSON cannot hold.
+    """
     content_type, content_encoding, payload = dumps(body, serializer=serializer)
     headers = dict(headers)
     raw: bytes = payload.encode() if isinstance(payload, str) else payload
     if compression:
         raw, headers["compression"] = compress(raw, compression)
     priority = properties.get("priority") or 0
-    return json.dumps(
+    text: str = kombu_json.dumps(
         {
             "headers": headers,
             "body": b64encode(raw).decode(),
@@ -192,8 +199,22 @@ def envelope(
                 "delivery_tag": str(uuid4()),
             },
         },
-        default=str,
     )
+    check_readable(text)
+    return text
+
+
+def check_readable(raw: str | bytes) -> None:
+    """See that kombu can read an envelope: one that it cannot ends the worker that gets it.
+
+    Raises:
+        ValueError: If it has a value with a mark of its type (a header that is a UUID, say) that no
+            such value has.
+    """
+    try:
+        kombu_json.loads(raw)
+    except Exception as error:
+        raise ValueError(f"cannot be read by kombu: {type(error).__name__}: {error}") from None
 
 
 def normalised(message: Mapping[str, Any], tag: str) -> str:
@@ -222,7 +243,10 @@ def due_ms(eta: object) -> int | None:
         return None
     if not isinstance(eta, str) or not eta:
         raise ValueError(f"eta is {eta!r:.80}, expected ISO 8601 text")
-    moment: Any = maybe_make_aware(maybe_iso8601(eta))  # type: ignore[arg-type]
+    try:
+        moment: Any = maybe_make_aware(maybe_iso8601(eta))  # type: ignore[arg-type]
+    except Exception:
+        raise ValueError(f"eta is {eta!r:.80}, expected ISO 8601 text") from None
     return int(moment.timestamp() * 1000)
 
 

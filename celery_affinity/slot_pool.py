@@ -251,9 +251,8 @@ class SlotPool(ResizablePool):
 def _is_revoked(job: Any) -> bool:
     """Whether a waiting job's task was revoked or has expired; its end is told then."""
     request = job._callback.__self__
-    return bool(
-        (request.expires or job.correlation_id in worker_state.revoked) and request.revoked()
-    )
+    known = worker_state.revoked_stamps or job.correlation_id in worker_state.revoked
+    return bool((request.expires or known) and request.revoked())
 
 
 def _stamp_of(tup: Any) -> Stamp | None:

@@ -30,7 +30,10 @@ json_values = st.recursive(
         ["2026-01-01T00:00:00+00:00", "9999-12-31T23:59:59+00:00", "1 1 1 n 0 1 1 q",
          "1 -1 1 n 0 1 1 q", "gzip", "base64", "\ud800", "\x00", "{", '"headers": {"']
     ),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: st.fixed_dictionaries(
+        {"__type__": st.sampled_from(["uuid", "datetime", "nobody knows"]), "__value__": inner}
+    )
+    | st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
 

@@ -11,9 +11,11 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
+from decimal import Decimal
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from celery import Celery, chain, chord, group, states
@@ -403,7 +405,34 @@ def test_a_soft_limit_is_raised_in_the_task_and_a_hard_one_ends_its_process(twin
         assert len(later) == 2, "the one that was ended does not run again"
 
 
+def test_a_retry_keeps_the_types_of_its_headers(twins: Twins) -> None:
+    mine = {"my_id": uuid4(), "my_time": datetime.now(), "my_sum": Decimal("1.5"), "my_bytes": b"\x00\xff"}
+    result = twins.typed.apply_async(kwargs={"tag": twins.tag()}, headers=mine, expires=300)
+    assert result.get(timeout=20) == {name: type(value).__name__ for name, value in mine.items()}
+
+
 # Revokes
+
+
+@pytest.mark.proves(
+    "47: revoked by a stamp while it is dispatched behind a running task",
+    "REVOKED is stored; it never runs",
+)
+def test_what_is_revoked_by_its_stamp_never_runs(tagged: Twins) -> None:
+    tag = tagged.tag()
+    tagged.nap.delay(2, tag=tag)
+    tagged.wait_for_run(tag)
+    stamped = tagged.add.s(1, tag=tag)
+    stamped.stamp(mid=tag)
+    dispatched, waiting = stamped.apply_async(), stamped.clone().apply_async()
+    last = tagged.add.delay(99, tag=tag)
+    wait_until(lambda: tagged.affinity.explain_task(dispatched.id).state == "dispatched", what="its place")
+    assert tagged.app.control.revoke_by_stamped_headers({"mid": [tag]}, reply=True, timeout=5)
+    for result in (dispatched, waiting):
+        with pytest.raises(TaskRevokedError):
+            result.get(timeout=20)
+    assert last.get(timeout=20) == 99
+    assert len(tagged.runs(tag)) == 2
 
 
 @pytest.mark.proves(

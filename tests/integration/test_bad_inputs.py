@@ -104,7 +104,13 @@ POISON: dict[str, tuple[Callable[[Message], None], str]] = {
     "embed a list": (body(b'[["a", 1], {}, [1]]'), "embed is [1]"),
     "timelimit x": (headers(timelimit="x"), "timelimit is 'x'"),
     "timelimit of texts": (headers(timelimit=["x", "y"]), "timelimit is"),
-    "eta garbage": (headers(eta="garbage"), "isoformat"),
+    "eta garbage": (headers(eta="garbage"), "expected ISO 8601 text"),
+    "a header of a type that nobody knows": (
+        headers(mine={"__type__": "nobody", "__value__": 1}), "cannot be read by kombu"
+    ),
+    "a header whose value is not of its type": (
+        headers(mine=[{"__type__": "uuid", "__value__": "zz"}]), "cannot be read by kombu"
+    ),
     "eta a number": (headers(eta=12), "expected ISO 8601 text"),
     "expires garbage": (headers(expires="soon"), "expires"),
     "expires a list": (headers(expires=[1]), "expires"),

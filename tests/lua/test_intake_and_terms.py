@@ -63,7 +63,16 @@ def test_an_int_and_its_text_are_one_tag(bench: Bench) -> None:
     assert len(bench.backlog("7")) == 2
 
 
+#: Usable, but for a value that kombu would make something of.
+MARKED = (
+    b'{"headers": {"task": "t", "id": "1", "identify_tag": "a", "mine": %s}, "body": "W10=",'
+    b' "content-type": "application/json", "properties": {"delivery_tag": "d"}}'
+)
 BAD_MESSAGES = {
+    "a mark of a type that nobody knows": MARKED % b'{"__type__": "nobody", "__value__": 1}',
+    "a value that is not of its type": MARKED % b'[{"__type__": "uuid", "__value__": "zz"}]',
+    "a mark in escapes": MARKED % b'{"\\u005f_type__": "nobody", "__value__": 1}',
+    "a mark in other escapes": MARKED % b'{"__t\\u0079pe__": "nobody", "__value__": 1}',
     "not json": b"\x00\xff{",
     "truncated": b'{"headers": {"id": "x"',
     "null": b"null",
@@ -104,6 +113,10 @@ def test_a_bad_message_is_buried_with_its_reason_and_takes_no_neighbour_along(
 
 
 USABLE = {
+    "a header that is a UUID": {
+        "headers": {"identify_tag": "a", "mine": {"__type__": "uuid", "__value__": {"hex": "0" * 32}}},
+        "properties": {"delivery_tag": "d"},
+    },
     "tag in the properties": {"properties": {"identify_tag": "a"}, "headers": {}},
     "body first, not encoded": {"body": '[["{", "\\"headers\\": {\\""], {}, {}]'},
     "a stamp of an earlier dispatch": {"headers": {"identify_tag": "a", "affinity_stamp": "1 2"}},

@@ -13,8 +13,9 @@ import pytest
 from celery import Celery
 from celery.worker.request import Request
 from kombu import Message
+from kombu.utils import json as kombu_json
 
-from celery_affinity.message import due_ms, tag_text
+from celery_affinity.message import check_readable, due_ms, envelope, tag_text
 
 NAIVE = "2026-11-29T10:00:00.250000"
 
@@ -75,3 +76,20 @@ def test_a_tag_is_the_same_before_and_after_it_was_sent(value: object) -> None:
 
 def test_a_uuid_is_its_text() -> None:
     assert tag_text(UUID(int=5)) == "00000000-0000-0000-0000-000000000005"
+
+
+def enveloped(**headers: object) -> str:
+    return envelope([[], {}, {}], headers, {}, serializer="json", compression=None, routing_key="q")
+
+
+def test_an_envelope_keeps_the_types_of_headers_as_kombu_does() -> None:
+    mine = {"id": UUID(int=5), "at": datetime(2026, 11, 29, tzinfo=timezone.utc), "bytes": b"\x00\xff"}
+    assert kombu_json.loads(enveloped(**mine))["headers"] == mine
+
+
+@pytest.mark.parametrize("mark", [{"__type__": "nobody", "__value__": 1}, {"__type__": "uuid", "__value__": "zz"}])
+def test_what_kombu_could_not_read_is_refused(mark: object) -> None:
+    with pytest.raises(ValueError, match="kombu"):
+        enveloped(mine=[mark])
+    with pytest.raises(ValueError, match="kombu"):
+        check_readable(json.dumps({"headers": {"mine": mark}}))

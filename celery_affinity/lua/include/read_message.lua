@@ -32,6 +32,9 @@ local function read_message(raw)
   -- Anchored, this is one loop; a search for a character outside would begin anew at each (for a KB
   -- 9 us instead of 2).
   if not string.find(raw, '^[\32-\126]*$') then return nil end
+  -- kombu makes a value of a type out of such a mark, or cannot; it may be written in escapes.
+  if string.find(raw, '"__type__"', 1, true)
+    or (string.find(raw, '\\u00', 1, true) and string.find(raw, '\\u00[2-7]')) then return nil end
   local ok, m = pcall(cjson.decode, raw)
   if not ok or type(m) ~= 'table' then return nil end
   local h = m.headers

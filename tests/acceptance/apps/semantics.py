@@ -203,6 +203,16 @@ def headers(self: Task, *, tag: str) -> dict[str, Any]:
         }
 
 
+@twins(max_retries=1)
+def typed(self: Task, *, tag: str) -> dict[str, str]:
+    """What its producer's own headers are after a retry."""
+    with running(self, tag):
+        if not self.request.retries:
+            raise self.retry(countdown=0)
+        found = self.request.headers.items()
+        return {name: type(value).__name__ for name, value in found if name.startswith("my_")}
+
+
 @twins(acks_late=True, reject_on_worker_lost=True, max_retries=5, retry_on_worker_lost=True)
 def dying(self: Task, *, tag: str) -> None:
     """Take its process along, with all that Celery has for it."""
