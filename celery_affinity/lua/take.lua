@@ -47,7 +47,7 @@ if not w or not w.active or not serves(w, q, i) or l.cn == 0 or c.still or on_ho
 
 local second = l.out[2] and l.out[2].entry
 local room = c.batch - 1
-if room > 0 and others_wait(w) then
+if room > 0 and others_wait(w, i) then
   room = math.min(room, c.batch - l.n + (second and 1 or 0))
   if c.batch_ms > 0 and NOW - l.opened >= c.batch_ms then room = 0 end
 end

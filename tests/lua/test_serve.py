@@ -218,3 +218,31 @@ def test_two_queues_of_a_node_share_its_slots(bench: Bench, depth: int) -> None:
                 assert copy.run() != "stale"
                 starts[q] += 1
     assert 35 <= starts["q"] <= 65, starts
+
+
+def test_a_lease_goes_on_while_what_waits_may_not_have_its_slot(bench: Bench) -> None:
+    bench.lead(batch=3)
+    term, _ = bench.scripts.claim("p", "leader/1", 60_000)
+    fence_p = f"leader/1 {term}"
+    bench.scripts.configure("p", fence_p, {"max_batch_size": 3}, {})
+    lists = {"q": bench.pending + "-wq", "p": bench.pending + "-wp"}
+    bench.scripts.register(
+        "n", name="n", depth=1, slots=2, role="worker", timeout_ms=60_000, junk=[],
+        queues=[("q", 2, lists["q"]), ("p", 1, lists["p"])],
+    )
+    wide, narrow = Node(bench, "n", lists["q"]), Node(bench, "n", lists["p"])
+    for tag in "xy":
+        bench.send(tag, 1)
+    bench.scripts.admit("p", fence_p, [bench.pending], 100)
+    holder = narrow.take()
+    holder.start()
+    send_and_admit(bench, "b", 8)
+    epochs = []
+    for _ in range(8):
+        copy = wide.take()
+        epochs.append(copy.stamp.epoch)
+        assert copy.stamp.slot == 1
+        copy.run()
+    assert len(set(epochs)) == 1, "y waits for slot 0, so nothing is won by a new lease"
+    holder.settle()
+    assert narrow.take().id == "y-1"

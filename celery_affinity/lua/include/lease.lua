@@ -53,9 +53,12 @@ local function save_lease(l)
   if #gone > 0 then redis.call('HDEL', key, unpack(gone)) end
 end
 
-local function others_wait(w)
+-- Whether a tag waits that this slot may serve.
+local function others_wait(w, i)
   for _, q in ipairs(w.queues) do
-    if redis.call('ZCARD', queue_key(q, 'ring')) > 0 and not conf(q).still then return true end
+    if serves(w, q, i) and redis.call('ZCARD', queue_key(q, 'ring')) > 0 and not conf(q).still then
+      return true
+    end
   end
   return false
 end
@@ -154,7 +157,7 @@ local function pump(l, w)
   local depth = l.depth or (l.cn > 1 and 1 or w.depth)
   local sent = 0
   while #l.out < depth do
-    if is_full(l) and (others_wait(w) or is_lent(l)) then break end
+    if is_full(l) and (others_wait(w, l.i) or is_lent(l)) then break end
     if l.out[1] and takes_more(l) then break end
     if l.cn > 1 and redis.call('SISMEMBER', queue_key(l.q, 'unst'), l.tag) == 1 then break end
     local entry = redis.call('LPOP', backlog_key(l.q, l.tag))
