@@ -7,7 +7,7 @@ import pytest
 from celery_affinity.intake import Intake, no_tag
 from harness import wait_until
 
-from .conftest import Bench, Node
+from .conftest import Bench, Copy, Node
 
 # max_batch_seconds
 
@@ -386,3 +386,153 @@ def test_a_retry_on_hold_goes_on_when_retries_are_not_ordered_any_more(bench: Be
     bench.lead(ordered=0)
     wait_until(lambda: bench.promote() and bench.client.llen(node.list) == 1, what="its dispatch")
     assert node.drain_all() == ["a-1", "a-2"]
+
+
+# Many tags that no free slot may have now
+
+
+def look_on(bench: Bench) -> int:
+    """A leader's passes for as long as one asks for the next soon, at most to where they begin anew."""
+    for step in range(1, 100):
+        wait = bench.promote()[1]
+        if not bench.client.exists(bench.queue_key("wake")) and not 0 <= wait < 500:
+            return step
+    raise AssertionError("it never comes to an end")
+
+
+def is_looking(bench: Bench) -> bool:
+    return bool(bench.client.hexists(bench.queue_key("conf"), "looked"))
+
+
+def unknown(bench: Bench, tags: int, **limits: int) -> tuple[Copy, Node]:
+    """What runs in a worker that knows all tasks, and one without work that lacks those of so many tags."""
+    bench.lead(**limits)
+    knows = bench.node("knows")
+    bench.send("busy", 1)
+    bench.admit_all()
+    busy = knows.take()
+    busy.start()
+    lacks = bench.node("lacks")
+    bench.client.sadd(bench.scripts.keys.worker("lacks", "lacks"), "t")
+    bench.client.hset(bench.queue_key("conf"), "lacking", "1")
+    for n in range(tags):
+        bench.client.hset(bench.queue_key("needs"), f"u{n}", "t")
+        bench.send(f"u{n}", 1)
+    bench.admit_all()
+    look_on(bench)
+    assert lacks.receive() is None
+    return busy, lacks
+
+
+MANY = pytest.mark.parametrize("tags", [63, 64, 65, 99, 100, 101, 300])
+
+
+@MANY
+def test_many_tags_of_an_unknown_task_do_not_hold_up_one_that_comes(bench: Bench, tags: int) -> None:
+    _, lacks = unknown(bench, tags)
+    bench.send("c", 1, 2)
+    bench.admit_all()
+    look_on(bench)
+    assert lacks.drain_all() == ["c-1", "c-2"]
+
+
+@MANY
+def test_many_tags_of_an_unknown_task_do_not_hold_up_one_that_waits_for_a_slot(
+    bench: Bench, tags: int
+) -> None:
+    _, lacks = unknown(bench, tags)
+    bench.send("c", 1)
+    bench.admit_all()
+    look_on(bench)
+    first = lacks.take()
+    first.start()
+    bench.send("d", 1)
+    bench.send("e", 1)
+    bench.admit_all()
+    first.settle()
+    look_on(bench)
+    second = lacks.take()
+    assert (second.id, second.run()) == ("d-1", "empty"), "in the order of their places"
+    look_on(bench)
+    assert lacks.drain_all() == ["e-1"]
+    look_on(bench)
+
+
+@pytest.mark.parametrize("tags", [9, 10, 11, 100])
+def test_many_tags_of_an_unknown_task_do_not_hold_up_a_tags_next_lease(bench: Bench, tags: int) -> None:
+    _, lacks = unknown(bench, tags, own={"c": 2})  # type: ignore[arg-type]
+    other = bench.node("other")
+    bench.client.sadd(bench.scripts.keys.worker("other", "lacks"), "t")
+    look_on(bench)
+    while copy := other.receive():  # it was tried before its worker was known to lack the task
+        copy.discard("unknown", "t")
+    bench.send("c", 1, 2)
+    bench.admit_all()
+    look_on(bench)
+    first = lacks.receive() or other.take()
+    first.start()
+    look_on(bench)
+    assert (lacks.receive() or other.take()).id == "c-2"
+
+
+def test_tags_of_an_unknown_task_keep_their_places_while_others_pass_them(bench: Bench) -> None:
+    busy, lacks = unknown(bench, 150)
+    bench.send("c", 1)
+    bench.admit_all()
+    look_on(bench)
+    assert lacks.drain_all() == ["c-1"]
+    busy.settle()
+    assert busy.node.drain_all() == [f"u{n}-1" for n in range(150)]
+
+
+@pytest.mark.parametrize("tags", [63, 64, 65, 99, 100, 101, 300])
+def test_many_tags_that_wait_for_their_slot_do_not_hold_up_others(bench: Bench, tags: int) -> None:
+    bench.lead(warm_wait=60_000, warm=1000)
+    warm = bench.node("warm")
+    bench.send("busy", 1)
+    bench.admit_all()
+    warm.take().start()
+    free = bench.node("free")
+    for n in range(tags):
+        bench.client.hset(bench.queue_key("warm"), f"w{n}", "warm:0")
+        bench.send(f"w{n}", 1)
+    bench.send("c", 1)
+    bench.admit_all()
+    look_on(bench)
+    assert free.drain_all() == ["c-1"]
+    assert 0 < bench.promote()[1] <= 60_000, "it wakes up for the first of them"
+
+
+def test_a_leader_looks_on_in_bounded_steps_and_rests_at_the_end_of_the_ring(bench: Bench) -> None:
+    _, lacks = unknown(bench, 500)
+    assert look_on(bench) in (5, 6), "100 in each"
+    assert bench.promote()[1] == 50 and is_looking(bench), "then from the start"
+    bench.client.delete(bench.queue_key("idle"))
+    bench.promote()
+    assert not is_looking(bench), "no slot is free"
+    assert bench.promote()[1] == -1
+    assert lacks.receive() is None
+
+
+def test_a_leader_that_sees_all_of_the_ring_in_one_pass_does_not_look_again(bench: Bench) -> None:
+    unknown(bench, 150)
+    assert is_looking(bench)
+    bench.client.zremrangebyrank(bench.queue_key("ring"), 60, -1)
+    while is_looking(bench):
+        assert bench.promote()[1] in (-1, 500)
+    assert bench.promote()[1] == -1
+    assert not bench.client.exists(bench.queue_key("wake"))
+
+
+def test_a_slot_that_becomes_free_while_the_leader_looks_on_is_looked_for_from_the_start(
+    bench: Bench,
+) -> None:
+    busy, lacks = unknown(bench, 300)
+    bench.promote()
+    assert is_looking(bench)
+    busy.settle()
+    assert busy.node.take().id == "u0-1", "the first of those that it may have"
+    bench.send("c", 1)
+    bench.admit_all()
+    look_on(bench)
+    assert lacks.take().id == "c-1"

@@ -2,6 +2,9 @@
 
 -- Tags and slots that one step looks at to find a pair that fits.
 local LOOK = 64
+-- While more tags than the leader's pass looks at may not have any free slot: ms until its next pass
+-- looks on behind them, and from the end of the ring until it begins anew.
+local STEP, REST = 50, 500
 
 local function offer_idle(inc, i, w)
   redis.call('SADD', worker_key(inc, 'idle'), i)
@@ -17,12 +20,19 @@ local function withdraw_idle(inc, i, w)
   for _, q in ipairs(w.queues) do redis.call('ZREM', queue_key(q, 'idle'), inc .. ':' .. i) end
 end
 
--- Take the first tag with a backlog and room off the ring; its place, to put it back. (One whose limit
--- was lowered since may have no room; the release of a slot that holds it brings it back.)
-local function pop_tag(q)
+local function pop(ring, behind)
+  if not behind then return redis.call('ZPOPMIN', ring) end
+  local found = redis.call('ZRANGEBYSCORE', ring, '(' .. behind, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+  if found[1] then redis.call('ZREM', ring, found[1]) end
+  return found
+end
+
+-- Take the first tag (behind a place) with a backlog and room off the ring; its place, to put it back.
+-- (One whose limit was lowered since may have no room; the release of a slot that holds it brings it back.)
+local function pop_tag(q, behind)
   if conf(q).still then return nil end
   for _ = 1, LOOK do
-    local popped = redis.call('ZPOPMIN', queue_key(q, 'ring'))
+    local popped = pop(queue_key(q, 'ring'), behind)
     if not popped[1] then return nil end
     local room = #holders(q, popped[1]) < concurrency(q, popped[1])
     if room and redis.call('EXISTS', backlog_key(q, popped[1])) == 1 then return popped[1], popped[2] end
@@ -136,13 +146,30 @@ local function pick_slot(q, tag)
   return first
 end
 
+-- Note how far a pass of the leader came (`to`: it has looked at as many tags as it may), so that the
+-- next one looks on there: no slot stays free behind tags that it may not have. By itself such a look
+-- ends when no slot is free, or when one pass has seen the whole ring from its start.
+local function note_look(q, from, to)
+  local config = queue_key(q, 'conf')
+  if not to and from and from ~= '0' and redis.call('ZCARD', queue_key(q, 'idle')) > 0 then to = '0' end
+  if to then
+    redis.call('HSET', config, 'looked', to)
+    local wait = to == '0' and REST or STEP
+    PATIENCE = math.min(PATIENCE or wait, wait)
+  elseif from then
+    redis.call('HDEL', config, 'looked')
+  end
+end
+
 -- Dispatch ready tags to free slots, at most `budget`; the leader's bell rings if more remain, and
--- unless `noted` if a tag waits for its warm slot: returns ms until it does no more, or nil.
+-- unless `noted` (in the leader's pass) if a tag waits for its warm slot: returns ms until it does no
+-- more, or nil.
 local function match(q, budget, noted)
   local aside, opened = {}, 0
+  local from = noted and conf(q).looked
   for _ = 1, budget do
     local tag, place
-    if redis.call('ZCARD', queue_key(q, 'idle')) > 0 then tag, place = pop_tag(q) end
+    if redis.call('ZCARD', queue_key(q, 'idle')) > 0 then tag, place = pop_tag(q, from) end
     if not tag then
       budget = nil
       break
@@ -162,6 +189,7 @@ local function match(q, budget, noted)
     end
   end
   put_back_aside(q, aside)
+  if noted then note_look(q, from, budget and aside[#aside - 1]) end
   if (budget and opened > 0) or (PATIENCE and not noted) then ring_bell(q) end
   return PATIENCE
 end
