@@ -536,3 +536,17 @@ def test_a_slot_that_becomes_free_while_the_leader_looks_on_is_looked_for_from_t
     bench.admit_all()
     look_on(bench)
     assert lacks.take().id == "c-1"
+
+
+@pytest.mark.parametrize("tags, rings", [(63, False), (64, True), (90, True)])
+def test_a_slot_that_becomes_free_before_many_such_tags_rings_the_leaders_bell_once(
+    bench: Bench, tags: int, rings: bool
+) -> None:
+    """Behind them may be one for it. The leader looks at all of them, and is quiet then."""
+    unknown(bench, tags)
+    assert not bench.client.exists(bench.queue_key("wake"))
+    bench.scripts.occupy("lacks", 0, "ordinary")
+    bench.scripts.vacate("lacks", "ordinary")
+    assert bool(bench.client.exists(bench.queue_key("wake"))) == rings
+    assert look_on(bench) == 1
+    assert not bench.client.exists(bench.queue_key("wake"))

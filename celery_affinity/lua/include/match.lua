@@ -68,12 +68,16 @@ local function awaited_slot(q, tag)
   return warm
 end
 
--- The first tag of the ring that may go to this slot.
+-- The first tag of the ring that may go to this slot. The leader's bell rings if there may be one behind
+-- those that this looks at.
 local function next_tag(q, inc, i)
-  local aside, found = {}, nil
+  local aside, found, seen_all = {}, nil, false
   for _ = 1, LOOK do
     local tag, place = pop_tag(q)
-    if not tag then break end
+    if not tag then
+      seen_all = true
+      break
+    end
     local awaited = awaited_slot(q, tag)
     if (not awaited or awaited == inc .. ':' .. i) and not barred(q, tag, inc) then
       found = tag
@@ -82,6 +86,7 @@ local function next_tag(q, inc, i)
     put_aside(aside, tag, place)
   end
   put_back_aside(q, aside)
+  if not found and not seen_all then ring_bell(q) end
   return found
 end
 
