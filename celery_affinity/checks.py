@@ -67,7 +67,7 @@ def serves_none(
 
 def _is_used(app: Any, name: str) -> bool:
     """Whether the app declares a queue of that name, or has a task that goes there."""
-    own = {queue.name for queue in app.conf.task_queues or ()}
+    own = {getattr(queue, "name", queue) for queue in app.conf.task_queues or ()}
     return name in own or any(_queue_of(task) == name for task in app.tasks.values())
 
 

@@ -62,6 +62,8 @@ DUE_HEADER = "affinity_due"
 MAX_TAG_BYTES = 512
 #: Largest message that is admitted, as it is in the queue (lua/include/read_message.lua).
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+#: Levels that lists and objects of a message may have, outside of its body.
+MAX_DEPTH = 100
 #: Largest body that a compressed one may become.
 MAX_BODY_BYTES = 64 * 1024 * 1024
 
@@ -212,9 +214,26 @@ def check_readable(raw: str | bytes) -> None:
             such value has.
     """
     try:
-        kombu_json.loads(raw)
+        found = kombu_json.loads(raw)
     except Exception as error:
         raise ValueError(f"cannot be read by kombu: {type(error).__name__}: {error}") from None
+    if _is_deep(found):
+        raise ValueError(f"cannot be read by kombu: it has more than {MAX_DEPTH} levels")
+
+
+def _is_deep(value: object) -> bool:
+    """Whether a value has so many levels that it depends on the reader's stack who can read it."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def normalised(message: Mapping[str, Any], tag: str) -> str:

@@ -71,6 +71,12 @@ MARKED = (
 BAD_MESSAGES = {
     "a mark of a type that nobody knows": MARKED % b'{"__type__": "nobody", "__value__": 1}',
     "a value that is not of its type": MARKED % b'[{"__type__": "uuid", "__value__": "zz"}]',
+    **{
+        f"a number that is none for Python: {number}": MARKED % number.encode()
+        for number in ("0x10", "nan", "inf", "-inf", "01", "+1", "1.", "1.e5", "[1 ,-20.]", "9" * 30 + ".")
+    },
+    "an integer of thousands of digits": MARKED % (b"9" * 4301),
+    "as many levels as the leader could read": MARKED % (b"[" * 900 + b"]" * 900),
     "a mark in escapes": MARKED % b'{"\\u005f_type__": "nobody", "__value__": 1}',
     "a mark in other escapes": MARKED % b'{"__t\\u0079pe__": "nobody", "__value__": 1}',
     "not json": b"\x00\xff{",
@@ -116,6 +122,9 @@ USABLE = {
     "a header that is a UUID": {
         "headers": {"identify_tag": "a", "mine": {"__type__": "uuid", "__value__": {"hex": "0" * 32}}},
         "properties": {"delivery_tag": "d"},
+    },
+    "escapes of other producers": {
+        "headers": {"identify_tag": "a", "big": 1.5, "mine": "1. x[2.] <&'>"}, "properties": {"delivery_tag": "d"},
     },
     "tag in the properties": {"properties": {"identify_tag": "a"}, "headers": {}},
     "body first, not encoded": {"body": '[["{", "\\"headers\\": {\\""], {}, {}]'},

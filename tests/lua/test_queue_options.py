@@ -550,3 +550,49 @@ def test_a_slot_that_becomes_free_before_many_such_tags_rings_the_leaders_bell_o
     assert bool(bench.client.exists(bench.queue_key("wake"))) == rings
     assert look_on(bench) == 1
     assert not bench.client.exists(bench.queue_key("wake"))
+
+
+def test_none_of_a_queue_waits_for_ever_behind_many_such_tags_while_another_keeps_the_slot_busy(
+    bench: Bench,
+) -> None:
+    bench.lead()
+    term, _ = bench.scripts.claim("r", "leader/1", 60_000)
+    fence_r = f"leader/1 {term}"
+    bench.scripts.configure("r", fence_r, {"max_batch_size": 1}, {})
+    lists = {"q": bench.pending + "-wq", "r": bench.pending + "-wr"}
+    bench.scripts.register(
+        "n", name="n", depth=1, slots=1, role="worker", timeout_ms=60_000, junk=[],
+        queues=[(q, 1, lists[q]) for q in lists],
+    )
+    bench.client.sadd(bench.scripts.keys.worker("n", "lacks"), "t")
+    bench.client.hset(bench.queue_key("conf"), "lacking", "1")
+    nodes = [Node(bench, "n", lists[q]) for q in "rq"]
+    for tag in "xy":  # the other queue: always one that waits
+        bench.send(tag, *range(100))
+    while bench.scripts.admit("r", fence_r, [bench.pending], 200)[1]:
+        pass
+    for n in range(300):
+        bench.client.hset(bench.queue_key("needs"), f"u{n}", "t")
+        bench.send(f"u{n}", 1)
+    bench.send("c", 1)
+    bench.admit_all()
+    bench.client.delete(bench.queue_key("wake"))
+    ran: list[str] = []
+    while "c-1" not in ran and len(ran) < 30:
+        copy = next(copy for node in nodes if (copy := node.receive()))
+        copy.run()
+        ran.append(copy.id)
+    assert "c-1" in ran, "no leader has helped"
+    assert not bench.client.exists(bench.queue_key("wake")), "nor was one called: the slot was busy"
+
+
+@pytest.mark.parametrize("tags", [64, 65, 150, 300])
+def test_a_tag_goes_on_in_its_slot_while_only_such_tags_wait(bench: Bench, tags: int) -> None:
+    _, lacks = unknown(bench, tags, batch=3)
+    bench.send("c", *range(12))
+    bench.admit_all()
+    look_on(bench)
+    for n in range(12):
+        copy = lacks.receive()
+        assert copy is not None, f"its slot stood still after {n}"
+        assert copy.run() and copy.id == f"c-{n}"

@@ -12,7 +12,8 @@
 --                              lacking: some workers lack tasks, halts: some tags are halted, moving:
 --                              some are on their way to another worker, marks: big has some,
 --                              batches: names of batch tasks, each between two line feeds,
---                              looked: the place in the ring that the leader's look came to (match)
+--                              looked: the place in the ring that the leader's look came to,
+--                              passed: the same of slots that look for work (match)
 --   q:<queue>:stage    list    messages of an evacuation under way
 --   q:<queue>:limits   hash    tag -> its own concurrency;  set: hash, those that an operator set
 --   q:<queue>:m        hash    entry -> the message as the producer sent it
@@ -120,14 +121,14 @@ local function conf(q)
   if not c then
     local v = redis.call('HMGET', queue_key(q, 'conf'), 'max_batch_size', 'tag_concurrency',
       'mapped', 'max_deliveries', 'warm_tags', 'evac', 'revoked', 'lacking', 'batch_ms', 'bury_lost',
-      'warm_wait', 'ordered', 'failure', 'halts', 'paused', 'moving', 'marks', 'batches', 'shards', 'looked')
+      'warm_wait', 'ordered', 'failure', 'halts', 'paused', 'moving', 'marks', 'batches', 'shards', 'looked', 'passed')
     c = {batch = tonumber(v[1] or 10), concurrency = tonumber(v[2] or 1), mapped = v[3] == '1',
       deliveries = tonumber(v[4] or 3), warm = tonumber(v[5] or 1000), stopped = v[6] and true,
       revoked = v[7] and true, lacking = v[8] and true, batch_ms = tonumber(v[9] or 0),
       bury_lost = v[10] == '1', warm_wait = tonumber(v[11] or 0), ordered = tonumber(v[12] or 0),
       failure = tonumber(v[13] or 0), halts = v[14] and true, still = (v[6] or v[15]) and true,
       moving = v[16] and true, marks = v[17] and true, batches = v[18],
-      sharded = tonumber(v[19] or 1) > 1, looked = v[20]}
+      sharded = tonumber(v[19] or 1) > 1, looked = v[20], passed = v[21]}
     CONF[q] = c
   end
   return c

@@ -9,7 +9,9 @@ local function pass_on(l, w)
   end
   release(l)
   halt_others(l)
+  LEFT = {q = l.q, tag = l.tag}
   if w then take(l.inc, l.i, w) end
+  LEFT = nil
   match(l.q, 10)
   return reason
 end

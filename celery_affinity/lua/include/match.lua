@@ -68,12 +68,12 @@ local function awaited_slot(q, tag)
   return warm
 end
 
--- The first tag of the ring that may go to this slot. The leader's bell rings if there may be one behind
--- those that this looks at.
-local function next_tag(q, inc, i)
+-- The first tag of the ring (behind a place) that may go to this slot, of LOOK; the place of the last
+-- one that may not, and whether the ring has no more.
+local function look(q, inc, i, behind)
   local aside, found, seen_all = {}, nil, false
   for _ = 1, LOOK do
-    local tag, place = pop_tag(q)
+    local tag, place = pop_tag(q, behind)
     if not tag then
       seen_all = true
       break
@@ -86,7 +86,28 @@ local function next_tag(q, inc, i)
     put_aside(aside, tag, place)
   end
   put_back_aside(q, aside)
-  if not found and not seen_all then ring_bell(q) end
+  return found, aside[#aside - 1], seen_all
+end
+
+-- The tag whose lease has just ended in the slot that looks for work, and its queue (pass_on).
+local LEFT = nil
+-- Queues with tags that a slot which found nothing has not looked at.
+local UNSEEN = {}
+
+-- The first tag of the ring that may go to this slot. Behind LOOK that may not, LOOK more are looked at,
+-- each time those that follow (passed), so that none waits for ever behind them; and as long as none of
+-- these may, the slot's own last one goes on.
+local function next_tag(q, inc, i)
+  local found, to, seen_all = look(q, inc, i)
+  if found or seen_all then return found end
+  local c, config = conf(q), queue_key(q, 'conf')
+  local from = c.passed and tonumber(c.passed) > tonumber(to) and c.passed or to
+  found, to, seen_all = look(q, inc, i, from)
+  c.passed = not found and not seen_all and to
+  if c.passed then redis.call('HSET', config, 'passed', to) else redis.call('HDEL', config, 'passed') end
+  if not found and LEFT and LEFT.q == q and not barred(q, LEFT.tag, inc)
+    and redis.call('ZREM', queue_key(q, 'ring'), LEFT.tag) == 1 then return LEFT.tag end
+  if not found then UNSEEN[#UNSEEN + 1] = q end
   return found
 end
 
@@ -113,9 +134,14 @@ local function take(inc, i, w)
     local q = w.queues[(turn + step) % #w.queues + 1]
     local tag = serves(w, q, i) and next_tag(q, inc, i)
     if PATIENCE then ring_bell(q) end
-    if tag and open_lease(q, tag, inc, i, w) then return end
+    if tag and open_lease(q, tag, inc, i, w) then
+      UNSEEN = {}
+      return
+    end
   end
   offer_idle(inc, i, w)
+  for _, q in ipairs(UNSEEN) do ring_bell(q) end
+  UNSEEN = {}
 end
 
 local function free_slot(q, inc)
@@ -123,6 +149,21 @@ local function free_slot(q, inc)
     if redis.call('ZSCORE', queue_key(q, 'idle'), inc .. ':' .. i) then return inc .. ':' .. i end
   end
   return nil
+end
+
+-- Whether a worker lacks the task that a tag waits for, as a function; each pair is asked for once.
+local ASKED = {}
+local function lacking(q, tag)
+  local task = conf(q).lacking and redis.call('HGET', queue_key(q, 'needs'), tag)
+  if not task then return function() return false end end
+  local asked = ASKED[task] or {}
+  ASKED[task] = asked
+  return function(inc)
+    if asked[inc] == nil then
+      asked[inc] = redis.call('SISMEMBER', worker_key(inc, 'lacks'), task) == 1
+    end
+    return asked[inc]
+  end
 end
 
 -- The slot for a tag: one of the worker that it was sent to, else the one that had it last, else with
@@ -140,10 +181,10 @@ local function pick_slot(q, tag)
   local held = holders(q, tag)
   local near = held[1] and string.match(held[1], '^[^:]+')
   if not near and not conf(q).lacking then return redis.call('ZRANGE', idle, 0, 0)[1] end
-  local first
+  local first, lacks_it = nil, lacking(q, tag)
   for _, slot in ipairs(redis.call('ZRANGE', idle, 0, LOOK - 1)) do
     local inc = string.match(slot, '^[^:]+')
-    if not lacks(q, tag, inc) then
+    if not lacks_it(inc) then
       if not near or inc == near then return slot end
       first = first or slot
     end

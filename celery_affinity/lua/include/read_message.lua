@@ -24,6 +24,36 @@ local function tag_text(value)
   return nil
 end
 
+-- What cjson takes for JSON and Python does not (0x10, nan, 01, +1), or only up to a depth.
+local STRICT = cjson.new()
+STRICT.decode_invalid_numbers(false)
+STRICT.decode_max_depth(100)
+
+-- Whether a number may end in its point ("1.", "1.e5"), as cjson allows.
+local function has_bare_point(raw)
+  local at = string.find(raw, '.', 1, true)
+  while at do
+    if string.find(raw, '^%d%.%D', at - 1) then
+      local before = string.sub(raw, math.max(1, at - 20), at - 1)
+      if string.find(before, '[:,%[]%s*%-?%d+$') or string.find(before, '^%d+$') then return true end
+    end
+    at = string.find(raw, '.', at + 1, true)
+  end
+  return false
+end
+
+-- Whether a decoded value has no number too large to be one: Python does not read an integer of
+-- thousands of digits.
+local function is_finite(value)
+  if type(value) == 'number' then return value > -math.huge and value < math.huge end
+  if type(value) == 'table' then
+    for _, inner in pairs(value) do
+      if not is_finite(inner) then return false end
+    end
+  end
+  return true
+end
+
 -- Returns the tag and the due time (or nil), or nothing for a message that Python must look
 -- at: unusable, untagged, or in a shape that cannot be stamped as it is. kombu writes plain ASCII; of
 -- anything else cjson takes more for JSON than a worker's kombu does.
@@ -33,9 +63,9 @@ local function read_message(raw)
   -- 9 us instead of 2).
   if not string.find(raw, '^[\32-\126]*$') then return nil end
   -- kombu makes a value of a type out of such a mark, or cannot; it may be written in escapes.
-  if string.find(raw, '"__type__"', 1, true)
-    or (string.find(raw, '\\u00', 1, true) and string.find(raw, '\\u00[2-7]')) then return nil end
-  local ok, m = pcall(cjson.decode, raw)
+  if string.find(raw, '"__type__"', 1, true) or (string.find(raw, '\\u00', 1, true)
+    and string.find(raw, '\\u00[567][0459fF]')) or has_bare_point(raw) then return nil end
+  local ok, m = pcall(STRICT.decode, raw)
   if not ok or type(m) ~= 'table' then return nil end
   local h = m.headers
   if type(h) ~= 'table' or type(h.id) ~= 'string' or type(h.task) ~= 'string'
@@ -54,6 +84,7 @@ local function read_message(raw)
   if not opens or string.find(raw, '{', 2, true) ~= opens - 1
     or string.find(string.sub(raw, 1, opens), '[', 1, true)
     or string.find(raw, '"headers"', opens, true) then return nil end
+  if not is_finite(h) or not is_finite(m.properties) then return nil end
   local tag = tag_text(h.identify_tag)
   if not tag then return nil end
   -- A number is a tag only if it is written as Python would write it: 5.0 and 5 are one to Lua.
