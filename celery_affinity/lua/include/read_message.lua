@@ -29,21 +29,24 @@ local STRICT = cjson.new()
 STRICT.decode_invalid_numbers(false)
 STRICT.decode_max_depth(100)
 
+local function is_digit(byte) return byte and byte >= 48 and byte <= 57 end
+
 -- Whether a number may end in its point ("1.", "1.e5"), as cjson allows.
 local function has_bare_point(raw)
-  local at = string.find(raw, '.', 1, true)
+  local at = string.find(raw, '.', 2, true)
   while at do
-    if string.find(raw, '^%d%.%D', at - 1) then
-      local before = string.sub(raw, math.max(1, at - 20), at - 1)
-      if string.find(before, '[:,%[]%s*%-?%d+$') or string.find(before, '^%d+$') then return true end
+    local before, _, after = string.byte(raw, at - 1, at + 1)
+    if is_digit(before) and not is_digit(after) then
+      local number = string.sub(raw, math.max(1, at - 20), at - 1)
+      if string.find(number, '[:,%[]%s*%-?%d+$') or string.find(number, '^%d+$') then return true end
     end
     at = string.find(raw, '.', at + 1, true)
   end
   return false
 end
 
--- Whether a decoded value has no number too large to be one: Python does not read an integer of
--- thousands of digits.
+-- Whether a decoded value has no number too large to be one: Python reads no integer of more than 4,300
+-- digits.
 local function is_finite(value)
   if type(value) == 'number' then return value > -math.huge and value < math.huge end
   if type(value) == 'table' then
@@ -84,7 +87,7 @@ local function read_message(raw)
   if not opens or string.find(raw, '{', 2, true) ~= opens - 1
     or string.find(string.sub(raw, 1, opens), '[', 1, true)
     or string.find(raw, '"headers"', opens, true) then return nil end
-  if not is_finite(h) or not is_finite(m.properties) then return nil end
+  if #raw > 4300 and not (is_finite(h) and is_finite(m.properties)) then return nil end
   local tag = tag_text(h.identify_tag)
   if not tag then return nil end
   -- A number is a tag only if it is written as Python would write it: 5.0 and 5 are one to Lua.
