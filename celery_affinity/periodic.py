@@ -82,6 +82,7 @@ class AffinityBeat:
     schedule: Mapping[str, Any]
     max_interval: float
     _elector: Elector | None = None
+    _is_closed = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -94,6 +95,10 @@ class AffinityBeat:
 
     def setup_schedule(self) -> None:
         """Called once, in the process that runs; not for introspection."""
+        with uninterrupted():  # a thread that is about to start could not be joined by the handler
+            self._set_up()
+
+    def _set_up(self) -> None:
         affinity = self._affinity
         settings, node = affinity.settings, f"beat@{gethostname()}"
         self._namespace, self._main = settings.namespace, str(self.app.main or "")
@@ -115,6 +120,18 @@ class AffinityBeat:
 
     def tick(self, *_: Any, **__: Any) -> float:
         """Send what is due if elected, else wait for the election; seconds to the next tick."""
+        if self._is_closed:
+            # By Celery's handler of SIGTERM, whose SystemExit was lost: it struck in some __del__.
+            raise SystemExit
+        # The handler resigns: it must not strike where a lock is held that it needs.
+        with uninterrupted(self._wake):
+            return self._tick()
+
+    def _wake(self) -> None:
+        if self._vacancy is not None:
+            self._vacancy.ring()
+
+    def _tick(self) -> float:
         assert self._elector is not None
         try:
             wait = self._campaign() if not self._elector.leading else self._lead()
@@ -139,6 +156,7 @@ class AffinityBeat:
 
     def close(self) -> None:
         """Resign, so that another beat takes over at once. May be called by a signal handler."""
+        self._is_closed = True
         if self._elector is not None:
             self._resign(self._elector)
             self._affinity.stop_scheduling()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -72,11 +73,16 @@ class SchedulerService:
             scheduler.stop()
 
     def stop(self, seconds: float = 5.0) -> None:
-        """Resign from all terms, so that another node takes over at once."""
+        """Resign from all terms, so that another node takes over at once.
+
+        Arguments:
+            seconds: To wait for all of them together.
+        """
+        until = time.monotonic() + seconds
         for scheduler, _ in self._running:
             scheduler.stop()
         for _, thread in self._running:
-            thread.join(seconds)
+            thread.join(max(0.0, until - time.monotonic()))
         self._running.clear()
 
     def _scripts(self, shard: int) -> Scripts:

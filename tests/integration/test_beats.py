@@ -292,3 +292,14 @@ def test_a_beat_that_is_asked_to_stop_finishes_the_run_that_it_publishes(
     finished = times == 1  # who asks twice does not want to wait
     assert (len(beats.plain()), "each" in beats.unsent()) == (int(finished), not finished)
     assert beats.client.get(beats.keys.queue(beats.state, "leader")) is None
+
+
+def test_a_beat_ends_although_the_exit_that_it_was_asked_for_was_lost(beats: Beats) -> None:
+    """Celery's handler raises SystemExit wherever it strikes; in a __del__ Python ignores that."""
+    beats.schedule(each=ORDINARY)
+    beat = beats.beat()
+    beat.tick()
+    beat.close()
+    with pytest.raises(SystemExit):
+        beat.tick()
+    assert not beats.plain()
