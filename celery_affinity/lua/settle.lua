@@ -37,6 +37,9 @@ end
 local function may_grant(o)
   if ARGV[6] == '' or not o or l.out[1] ~= o or not (w and w.active) then return false end
   if conf(q).bury_lost or conf(q).deliveries < 2 then return false end
+  -- The process may have the copy that was out before the tag was revoked: without the note.
+  local gone = conf(q).revoked and redis.call('HGET', queue_key(q, 'gone'), tag)
+  if gone and tonumber(o.entry) <= tonumber(gone) then return false end
   local due = tonumber(redis.call('ZSCORE', P .. 'workers', inc) or 0)
   return due - NOW >= tonumber(ARGV[7]) and redis.call('HEXISTS', queue_key(q, 'att'), o.entry) == 0
 end

@@ -56,6 +56,18 @@ def test_a_repeated_settle_grants_the_same_start_once(bench: Bench) -> None:
     assert [second.start(GRANT), second.start(GRANT)] == [1, 1], "who asks with the token may start"
 
 
+def test_no_start_is_granted_to_what_was_revoked_after_its_dispatch(bench: Bench) -> None:
+    """The process has its copy without the note already; the one with it is on its way."""
+    node, first, second = two_out(bench)
+    OperatorScripts(bench.client, bench.scripts.keys).revoke_tag("q", "a")
+    assert first.settle(grant=GRANT) == "held"
+    assert second.start("own") != 1, "the ledger does not know the old copy any more"
+    noted = node.take()
+    assert noted.id == second.id
+    assert noted.stamp.send != second.stamp.send
+    assert noted.discard("settle") == 1
+
+
 def test_only_what_was_dispatched_before_is_granted(bench: Bench) -> None:
     bench.lead()
     node = bench.node("n", depth=2)
