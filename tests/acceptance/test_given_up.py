@@ -53,6 +53,7 @@ def test_both_workers_given_up_while_they_start_run_again(
         node.cont()
 
     wait_for_ends(history_path, producer.sent, 30)
+    wait_until(lambda: len(producer.affinity.workers()) == 2, what="that both are back")
     producer.send_each(TAGS, 2)
     wait_for_ends(history_path, producer.sent, 30)
     history = History.load(history_path)
