@@ -51,8 +51,7 @@ from celery_affinity.doorbell import Doorbell
 from celery_affinity.exceptions import ConfigurationError
 from celery_affinity.keys import Keys
 from celery_affinity.leadership import Elector, candidate_name
-from celery_affinity.message import DUE_HEADER, ONCE_HEADER
-from celery_affinity.runs import Deposed, Run, Runs, run_id
+from celery_affinity.runs import Deposed, Run, Runs, run_id, stamped
 from celery_affinity.scripts import Scripts
 from celery_affinity.uninterrupted import uninterrupted
 
@@ -317,7 +316,7 @@ class AffinityBeat:
         )
         try:
             self.apply_async(  # type: ignore[attr-defined]
-                self._stamped(entry, due),
+                stamped(entry, due, run_id(self._namespace, self._main, entry.name, due)),
                 producer=self.producer,  # type: ignore[attr-defined]
                 advance=False,
             )
@@ -342,20 +341,6 @@ class AffinityBeat:
         self._complained.pop(entry.name, None)
         self._runs.confirm(entry.name, due)
         return True
-
-    def _stamped(self, entry: Any, due: int) -> Any:
-        """The entry with the run's own id; a copy by __dict__, as entries of all kinds allow."""
-        task_id = run_id(self._namespace, self._main, entry.name, due)
-        options = dict(entry.options or {})
-        options.setdefault("task_id", task_id)
-        options["headers"] = {
-            **(options.get("headers") or {}),
-            ONCE_HEADER: task_id,
-            DUE_HEADER: dues.moment(due).isoformat(),
-        }
-        stamped: Any = object.__new__(type(entry))
-        stamped.__dict__.update(vars(entry), options=options)
-        return stamped
 
     def _may_succeed_later(self, error: Exception) -> bool:
         """Whether it was the broker, not the entry. Celery raises its own error over the cause."""

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID, uuid5
 
+from celery_affinity import dues
 from celery_affinity.leadership import Elector
+from celery_affinity.message import DUE_HEADER, ONCE_HEADER
 from celery_affinity.scripts import Scripts
 
-__all__ = ("Deposed", "Run", "Runs", "run_id")
+__all__ = ("Deposed", "Run", "Runs", "run_id", "stamped")
 
 #: Microseconds after which the record of an entry that is scheduled no more is dropped. A rolling
 #: deploy, in which beats with an old and a new schedule lead in turn, does not cost a record.
@@ -43,6 +45,20 @@ class Run:
 def run_id(namespace: str, app: str, name: str, due: int) -> str:
     """The task id of a run: the same for whoever publishes it, and however often."""
     return str(uuid5(_IDS, "\0".join((namespace, app, name, str(due)))))
+
+
+def stamped(entry: Any, due: int, task_id: str) -> Any:
+    """The entry with a run's own id; a copy by __dict__, as entries of all kinds allow."""
+    options = dict(entry.options or {})
+    options.setdefault("task_id", task_id)
+    options["headers"] = {
+        **(options.get("headers") or {}),
+        ONCE_HEADER: task_id,
+        DUE_HEADER: dues.moment(due).isoformat(),
+    }
+    copy: Any = object.__new__(type(entry))
+    copy.__dict__.update(vars(entry), options=options)
+    return copy
 
 
 class Runs:

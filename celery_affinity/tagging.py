@@ -19,7 +19,6 @@ UNTAGGED = (
 )  # fmt: skip
 
 
-
 def _argument(task: Any, path: str, args: Any, kwargs: Any) -> object:
     name, *rest = path.split(".")
     by_name = getattr(task, "affinity_batch", False)

@@ -40,18 +40,8 @@ def task_methods() -> dict[str, Any]:
         owner = next(one for one in kind.__mro__ if one.__dict__.get("affinity_methods") is mark)
         return super(owner, self)
 
-    def apply_async(
-        self: Any,
-        args: Any = None,
-        kwargs: Any = None,
-        *positional: Any,
-        identify_tag: object = None,
-        headers: Any = None,
-        queue: Any = None,
-        **options: Any,
-    ) -> Any:
-        options = _tagged(self, args, kwargs, identify_tag, headers, queue, options)
-        return above(self).apply_async(args, kwargs, *positional, **options)
+    def apply_async(self: Any, *args: Any, **options: Any) -> Any:
+        return _sending(self, above(self).apply_async)(*args, **options)
 
     def apply(
         self: Any,
@@ -95,7 +85,10 @@ def task_methods() -> dict[str, Any]:
         "apply": apply,
         "retry": retry,
         "on_bound": classmethod(on_bound),
-        "apply_async_on_commit": property(lambda self: _on_commit(self, above(self))),
+        # Django's: send when the transaction commits. What is wrong with the call is said at once.
+        "apply_async_on_commit": property(
+            lambda self: _sending(self, above(self).apply_async_on_commit)
+        ),
         "delay_on_commit": property(_delay_on_commit),
         "affinity": property(_affinity),
         **dict.fromkeys(("map", "starmap", "chunks"), _refuse_inline),
@@ -166,15 +159,10 @@ def _tagged(
     return options
 
 
-def _on_commit(self: Any, above: Any) -> Callable[..., Any]:
-    """Django's: send when the transaction commits. What is wrong with the call is said at once.
+def _sending(self: Any, send: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply_async` with a tag, as what is above sends it."""
 
-    Raises:
-        AttributeError: If the app is not Django's.
-    """
-    on_commit: Callable[..., Any] = above.apply_async_on_commit
-
-    def apply_async_on_commit(
+    def apply_async(
         args: Any = None,
         kwargs: Any = None,
         *positional: Any,
@@ -184,9 +172,9 @@ def _on_commit(self: Any, above: Any) -> Callable[..., Any]:
         **options: Any,
     ) -> Any:
         options = _tagged(self, args, kwargs, identify_tag, headers, queue, options)
-        return on_commit(args, kwargs, *positional, **options)
+        return send(args, kwargs, *positional, **options)
 
-    return apply_async_on_commit
+    return apply_async
 
 
 def _delay_on_commit(self: Any) -> Callable[..., Any]:

@@ -80,6 +80,24 @@ class Bench:
         )
         return node
 
+    def beside(
+        self, other: str, *, slots: tuple[int, int], batch: int, depth: int = 1
+    ) -> tuple[str, Node, Node]:
+        """A second queue, and a node "n" that serves both with so many slots each.
+
+        Returns:
+            The second one's fence, and the node as each queue sees it.
+        """
+        term, _ = self.scripts.claim(other, "leader/1", 60_000)
+        fence = f"leader/1 {term}"
+        self.scripts.configure(other, fence, {"max_batch_size": batch}, {})
+        own, others = (Node(self, "n", f"{self.pending}-w{q}") for q in (self.state, other))
+        self.scripts.register(
+            "n", name="n", depth=depth, slots=max(slots), role="worker", timeout_ms=60_000, junk=[],
+            queues=[(self.state, slots[0], own.list), (other, slots[1], others.list)],
+        )
+        return fence, own, others
+
     def opening(
         self, *ids: object, slots: int = 1, depth: int = 1, timeout_ms: int = 60_000, **limits: int
     ) -> Node:

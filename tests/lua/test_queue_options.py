@@ -556,17 +556,9 @@ def test_none_of_a_queue_waits_for_ever_behind_many_such_tags_while_another_keep
     bench: Bench,
 ) -> None:
     bench.lead()
-    term, _ = bench.scripts.claim("r", "leader/1", 60_000)
-    fence_r = f"leader/1 {term}"
-    bench.scripts.configure("r", fence_r, {"max_batch_size": 1}, {})
-    lists = {"q": bench.pending + "-wq", "r": bench.pending + "-wr"}
-    bench.scripts.register(
-        "n", name="n", depth=1, slots=1, role="worker", timeout_ms=60_000, junk=[],
-        queues=[(q, 1, lists[q]) for q in lists],
-    )
+    fence_r, *nodes = bench.beside("r", slots=(1, 1), batch=1)
     bench.client.sadd(bench.scripts.keys.worker("n", "lacks"), "t")
     bench.client.hset(bench.queue_key("conf"), "lacking", "1")
-    nodes = [Node(bench, "n", lists[q]) for q in "rq"]
     for tag in "xy":  # the other queue: always one that waits
         bench.send(tag, *range(100))
     while bench.scripts.admit("r", fence_r, [bench.pending], 200)[1]:

@@ -194,14 +194,7 @@ def test_an_unstarted_lease_keeps_its_turn_where_every_slot_has_an_ordinary_task
 @pytest.mark.parametrize("depth", [1, 2])
 def test_two_queues_of_a_node_share_its_slots(bench: Bench, depth: int) -> None:
     bench.lead(batch=3)
-    term, _ = bench.scripts.claim("p", "leader/1", 60_000)
-    fence_p = f"leader/1 {term}"
-    bench.scripts.configure("p", fence_p, {"max_batch_size": 3}, {})
-    lists = {"q": bench.pending + "-wq", "p": bench.pending + "-wp"}
-    bench.scripts.register(
-        "n", name="n", depth=depth, slots=2, role="worker", timeout_ms=60_000, junk=[],
-        queues=[(q, 2, lists[q]) for q in lists],
-    )
+    fence_p, *nodes = bench.beside("p", slots=(2, 2), batch=3, depth=depth)
     for tag in "abcd":
         bench.send(tag, *range(25))
     bench.admit_all()
@@ -210,10 +203,9 @@ def test_two_queues_of_a_node_share_its_slots(bench: Bench, depth: int) -> None:
     while bench.scripts.admit("p", fence_p, [bench.pending], 100)[1]:
         pass
 
-    nodes = {q: Node(bench, "n", lists[q]) for q in lists}
     starts: Counter[str] = Counter()
     while sum(starts.values()) < 100:
-        for q, node in nodes.items():
+        for q, node in zip("qp", nodes, strict=True):
             if copy := node.receive():
                 assert copy.run() != "stale"
                 starts[q] += 1
@@ -222,15 +214,7 @@ def test_two_queues_of_a_node_share_its_slots(bench: Bench, depth: int) -> None:
 
 def test_a_lease_goes_on_while_what_waits_may_not_have_its_slot(bench: Bench) -> None:
     bench.lead(batch=3)
-    term, _ = bench.scripts.claim("p", "leader/1", 60_000)
-    fence_p = f"leader/1 {term}"
-    bench.scripts.configure("p", fence_p, {"max_batch_size": 3}, {})
-    lists = {"q": bench.pending + "-wq", "p": bench.pending + "-wp"}
-    bench.scripts.register(
-        "n", name="n", depth=1, slots=2, role="worker", timeout_ms=60_000, junk=[],
-        queues=[("q", 2, lists["q"]), ("p", 1, lists["p"])],
-    )
-    wide, narrow = Node(bench, "n", lists["q"]), Node(bench, "n", lists["p"])
+    fence_p, wide, narrow = bench.beside("p", slots=(2, 1), batch=3)
     for tag in "xy":
         bench.send(tag, 1)
     bench.scripts.admit("p", fence_p, [bench.pending], 100)

@@ -251,8 +251,7 @@ def test_a_router_function_is_asked_as_celery_asks_it(app, sent) -> None:
 @pytest.mark.parametrize("nothing", [False, "", {}, {"queue": None}])
 def test_a_route_that_says_nothing_is_none(app, sent, nothing) -> None:
     """As for Celery: `name.startswith(...) and {...}` is a router."""
-    affinity_queue = AffinityQueue("only")
-    Affinity(app, queues=[affinity_queue])
+    Affinity(app, queues=[AffinityQueue("only")])
     app.conf.task_routes = (lambda *_, **__: nothing,)
     task = declare(app, queue=None)
     assert usual_queue(task) is None
@@ -264,12 +263,12 @@ def test_without_affinity_a_base_may_name_the_queue(app, sent) -> None:
     class Base(Task):
         queue = "of the base"
 
-    task = affinity_task(tag_from="tag", base=Base, name=f"unit.{next(_numbers)}")(lambda_tag)
+    task = affinity_task(tag_from="tag", base=Base, name=f"unit.{next(_numbers)}")(same)
     task.delay("a")
     assert sent[0]["queue"] == "of the base"
 
 
-def lambda_tag(tag: Any) -> Any:
+def same(tag: Any) -> Any:
     return tag
 
 
@@ -281,7 +280,7 @@ def test_a_router_is_given_the_headers_of_a_call_that_may_have_no_tag(app, sent)
     assert sent[0]["headers"]["identify_tag"].startswith("untagged:")
 
 
-def test_only_a_retry_that_could_not_be_sent_is_a_failure(app, monkeypatch) -> None:
+def test_only_a_retry_that_could_not_be_sent_is_a_failure(app) -> None:
     """A base may reject in its own `retry`, as Celery's does where it cannot send."""
 
     class Base(Task):
@@ -301,7 +300,7 @@ def test_only_a_retry_that_could_not_be_sent_is_a_failure(app, monkeypatch) -> N
 
 def test_celerys_own_tasks_are_tags_of_their_own_and_no_others(app) -> None:
     affinity = Affinity(app, queues=[AffinityQueue("only")])
-    task = affinity.task(tag_from="tag", name="celery.reports")(lambda_tag)
+    task = affinity.task(tag_from="tag", name="celery.reports")(same)
     app.finalize()
     body = base64.b64encode(json.dumps([["a"], {}, {}]).encode()).decode()
 

@@ -74,11 +74,25 @@ local function is_lent(l)
   return conf(l.q).sharded and redis.call('HEXISTS', worker_key(l.inc, 'busy'), 'away:' .. l.i) == 1
 end
 
--- Whether a worker turned out not to know the task that this tag waits for.
+-- The task that a tag waits for a worker to know, or nil.
+local function needed(q, tag)
+  return conf(q).lacking and redis.call('HGET', queue_key(q, 'needs'), tag) or nil
+end
+
+-- Whether a worker turned out not to know a task. Each pair is asked for once (discard, which notes one,
+-- asks later).
+local KNOWN_LACKS = {}
+local function lacks_task(inc, task)
+  local pair = inc .. ' ' .. task
+  if KNOWN_LACKS[pair] == nil then
+    KNOWN_LACKS[pair] = redis.call('SISMEMBER', worker_key(inc, 'lacks'), task) == 1
+  end
+  return KNOWN_LACKS[pair]
+end
+
 local function lacks(q, tag, inc)
-  if not conf(q).lacking then return false end
-  local task = redis.call('HGET', queue_key(q, 'needs'), tag)
-  return task and redis.call('SISMEMBER', worker_key(inc, 'lacks'), task) == 1
+  local task = needed(q, tag)
+  return task and lacks_task(inc, task)
 end
 
 -- Whether what the lease has out is a task known to take what waits behind it (take.lua): a second
@@ -95,8 +109,7 @@ end
 local function may_be_known(q, task)
   for _, inc in ipairs(redis.call('ZRANGE', P .. 'workers', 0, 999)) do
     local w = worker(inc)
-    if w and w.active and w.slots[q]
-      and redis.call('SISMEMBER', worker_key(inc, 'lacks'), task) == 0 then return true end
+    if w and w.active and w.slots[q] and not lacks_task(inc, task) then return true end
   end
   return false
 end

@@ -151,21 +151,6 @@ local function free_slot(q, inc)
   return nil
 end
 
--- Whether a worker lacks the task that a tag waits for, as a function; each pair is asked for once.
-local ASKED = {}
-local function lacking(q, tag)
-  local task = conf(q).lacking and redis.call('HGET', queue_key(q, 'needs'), tag)
-  if not task then return function() return false end end
-  local asked = ASKED[task] or {}
-  ASKED[task] = asked
-  return function(inc)
-    if asked[inc] == nil then
-      asked[inc] = redis.call('SISMEMBER', worker_key(inc, 'lacks'), task) == 1
-    end
-    return asked[inc]
-  end
-end
-
 -- The slot for a tag: one of the worker that it was sent to, else the one that had it last, else with
 -- several leases one of a node that holds it already, else the one that is free for the longest time;
 -- nil if none may have it now.
@@ -181,10 +166,10 @@ local function pick_slot(q, tag)
   local held = holders(q, tag)
   local near = held[1] and string.match(held[1], '^[^:]+')
   if not near and not conf(q).lacking then return redis.call('ZRANGE', idle, 0, 0)[1] end
-  local first, lacks_it = nil, lacking(q, tag)
+  local first, task = nil, needed(q, tag)
   for _, slot in ipairs(redis.call('ZRANGE', idle, 0, LOOK - 1)) do
     local inc = string.match(slot, '^[^:]+')
-    if not lacks_it(inc) then
+    if not (task and lacks_task(inc, task)) then
       if not near or inc == near then return slot end
       first = first or slot
     end
